@@ -134,8 +134,8 @@ class Policy(nn.Module):
     def loss(self, batch:Batch)->Losses:
         "Losses of a prepared batch; every mean is masked"
         raise NotImplementedError
-    def act(self, obs:Observation, generator:torch.Generator|None=None)->Actions:
-        "A chunk of actions for each observation"
+    def act(self, obs:Observation, generator:torch.Generator|None=None, seed:Int[Tensor, "b"]|None=None)->Actions:
+        "A chunk of actions for each observation; noise from `seed`, one a row, or else from `generator`"
         raise NotImplementedError
     def groups(self)->list[ParamGroup]:
         "Parameter groups; by default one, with everything in it"
