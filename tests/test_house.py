@@ -27,7 +27,10 @@ def imports(path):
     "The modules that a file imports, at the top or inside a function"
     for n in ast.walk(ast.parse(path.read_text())):
         if isinstance(n, ast.Import): yield from (a.name for a in n.names)
-        if isinstance(n, ast.ImportFrom) and n.level == 0: yield from ([f'{n.module}.{a.name}' for a in n.names] if n.module in ('vla_nb', 'torch') else [n.module])
+        if isinstance(n, ast.ImportFrom):    # nbdev writes `from vla_nb.core import x` as `from ..core import x`
+            base = ('vla_nb', *path.relative_to(root/'vla_nb').parent.parts)[:-(n.level-1) or None] if n.level else ()
+            mod = '.'.join([*base, *([n.module] if n.module else [])])
+            yield from ([f'{mod}.{a.name}' for a in n.names] if mod in ('vla_nb', 'torch') else [mod])
 
 
 @pytest.mark.parametrize('path', modules, ids=lambda p: p.relative_to(root).as_posix())
