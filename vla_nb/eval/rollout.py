@@ -7,12 +7,13 @@ Docs: https://example.github.io/vla_nb/eval/rollout.html.md"""
 # %% auto #0
 __all__ = ['ordinary', 'blank_images', 'scrambled_instruction', 'no_instruction', 'ablations', 'RecedingHorizon',
            'TemporalEnsemble', 'unaltered', 'without_images', 'without_words', 'this_task', 'another_task', 'Condition',
-           'EpisodeResult', 'policy_wave', 'expert_wave', 'evaluate', 'rollout', 'expert_rollout']
+           'EpisodeResult', 'policy_wave', 'expert_wave', 'Crew', 'evaluate', 'rollout', 'expert_rollout']
 
 # %% ../../nbs/eval/02_rollout.ipynb #e76aedab
 import inspect, multiprocessing, os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np, torch
@@ -152,38 +153,46 @@ def expert_wave(policy, envs, episodes)->list[EpisodeResult]:
         out.append(EpisodeResult(task, seed, task, words, env.achieved(), steps))
     return out
 
-# %% ../../nbs/eval/02_rollout.ipynb #ed2e9d35
-_crew = {}    # in a worker: its policy and its environments
+# %% ../../nbs/eval/02_rollout.ipynb #b419a2fd
+def _do(crew, job):
+    "One wave, by a crew that builds each policy once"
+    key, make_policy, wave, episodes, args = job
+    if crew.get('key') != key: crew.update(key=key, policy=make_policy())
+    return wave(crew['policy'], crew['envs'], episodes, *args)
 
-def _hire(make_policy, make_env, n_envs, threads=None):
-    if threads: torch.set_num_threads(threads)
-    _crew.update(policy=make_policy(), envs=[make_env() for _ in range(n_envs)])
+_mine = {}    # in a worker process: its environments and its policy
 
-def _work(job):
-    wave, episodes, args = job
-    return wave(_crew['policy'], _crew['envs'], episodes, *args)
+def _hire(make_env, n_envs, threads):
+    torch.set_num_threads(threads)
+    _mine.update(envs=[make_env() for _ in range(n_envs)])
 
-def _run_jobs(make_policy, make_env, n_envs, workers, jobs):
-    "Each job's results, in order"
-    if workers > 1:
-        threads = max(1, (os.cpu_count() or 1)//workers)
-        with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), _hire, (make_policy, make_env, n_envs, threads)) as pool:
-            yield from pool.map(_work, jobs)
-    else:
-        policy, envs = make_policy(), [make_env() for _ in range(n_envs)]
-        for wave,episodes,args in jobs: yield wave(policy, envs, episodes, *args)
+def _work(job): return _do(_mine, job)
 
-# %% ../../nbs/eval/02_rollout.ipynb #5bf4f6e3
-def _collect(jobs, results, label, progress):
-    "Gather the waves' results under a progress bar"
-    out, n = [], sum(len(eps) for _,eps,_ in jobs)
-    with tqdm(total=n, desc=label, unit='ep', disable=not progress) as bar:
-        for _,part in zip(jobs, results):
-            out += part
-            bar.set_postfix_str(f'success {sum(r.success for r in out)}/{len(out)}', refresh=False)
-            bar.update(len(part))
-    return out
+# %% ../../nbs/eval/02_rollout.ipynb #3a914bc7
+class Crew:
+    "Environments that are built once, in this process or in several; a context manager"
+    def __init__(self,
+        make_env:Callable[[], object], # Makes an environment
+        n_envs:int = 8, # Environments side by side, in each process
+        workers:int = 1, # Processes; 1 is this one
+    ):
+        self.n_envs, self.turn, self.pool, self.here = n_envs, 0, None, {}
+        if workers > 1:
+            threads = max(1, (os.cpu_count() or 1)//workers)
+            self.pool = ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), _hire, (make_env, n_envs, threads))
+        else: self.here['envs'] = [make_env() for _ in range(n_envs)]
 
+    def start(self, wave, make_policy, runs):
+        "Begin on runs of (waves, arguments); an iterator over each run's results, wave by wave"
+        self.turn += 1
+        jobs = [[(self.turn, make_policy, wave, w, args) for w in waves] for waves,args in runs]
+        return [self.pool.map(_work, js) if self.pool else (_do(self.here, j) for j in js) for js in jobs]
+
+    def __enter__(self): return self
+    def __exit__(self, *exc):
+        if self.pool: self.pool.shutdown(cancel_futures=True)
+
+# %% ../../nbs/eval/02_rollout.ipynb #84b2acce
 def _waves(tasks, seeds, film, n_envs):
     "Episodes in waves: each seed under every task, one after the other"
     tasks, seeds = list(tasks), list(seeds)
@@ -192,10 +201,22 @@ def _waves(tasks, seeds, film, n_envs):
     eps = [(t, s, i < film) for i,(t,s) in enumerate(eps)]
     return [eps[i:i+n_envs] for i in range(0, len(eps), n_envs)]
 
-# %% ../../nbs/eval/02_rollout.ipynb #e9966501
+def _collect(waves, results, label, progress):
+    "Gather the waves' results under a progress bar"
+    out = []
+    with tqdm(total=sum(map(len, waves)), desc=label, unit='ep', disable=not progress) as bar:
+        for part in results:
+            out += part
+            bar.set_postfix_str(f'success {sum(r.success for r in out)}/{len(out)}', refresh=False)
+            bar.update(len(part))
+    return out
+
+def _crew(make_env, n_envs, workers): return nullcontext(make_env) if isinstance(make_env, Crew) else Crew(make_env, n_envs, workers)
+
+# %% ../../nbs/eval/02_rollout.ipynb #b9e6f0e1
 def evaluate(
     make_policy:Callable[[], object], # Makes a policy, as in `partial(DexVLA.from_pretrained, folder)`
-    make_env:Callable[[], object], # Makes an environment
+    make_env:Callable[[], object]|Crew, # Makes an environment; or a crew, which has them, and its own `n_envs` and `workers`
     tasks:Sequence[str], # Tasks to run; each seed is run under every one
     seeds:Sequence[int], # Seeds of the scenes
     conditions:Sequence[Condition] = (ordinary,), # What the policy is shown and told, one run of all episodes for each
@@ -207,24 +228,23 @@ def evaluate(
     progress:bool = True, # Show a bar for each condition
 )->dict[str, list[EpisodeResult]]: # Episodes of each condition, by its name
     "Roll out a policy under several conditions, over several processes"
-    waves = _waves(tasks, seeds, film, n_envs)
-    jobs = {c.name: [(policy_wave, w, (controller, c, heldout)) for w in waves] for c in conditions}
-    results = _run_jobs(make_policy, make_env, min(n_envs, len(waves[0])), workers, [j for js in jobs.values() for j in js])
-    return {name: _collect(js, results, name, progress) for name,js in jobs.items()}
+    waves = _waves(tasks, seeds, film, make_env.n_envs if isinstance(make_env, Crew) else n_envs)
+    with _crew(make_env, min(n_envs, len(waves[0])), workers) as crew:
+        runs = crew.start(policy_wave, make_policy, [(waves, (controller, c, heldout)) for c in conditions])
+        return {c.name: _collect(waves, r, c.name, progress) for c,r in zip(conditions, runs)}
 
 # %% ../../nbs/eval/02_rollout.ipynb #277a52fb
 @dataclass
-class _Act:
-    act:Callable
+class _Act: act:Callable
+def _no_policy(): return None
 
-def rollout(act:Callable, make_env:Callable, tasks:Sequence[str], seeds:Sequence[int], condition:Condition=ordinary,
+def rollout(act:Callable, make_env:Callable|Crew, tasks:Sequence[str], seeds:Sequence[int], condition:Condition=ordinary,
     controller=RecedingHorizon(3), heldout:bool=False, n_envs:int=8, film:int=0, progress:bool=True)->list[EpisodeResult]:
     "Roll out a policy's `act` in this process; the parameters are those of `evaluate`"
     return evaluate(lambda: _Act(act), make_env, tasks, seeds, (condition,), controller, heldout, n_envs, 1, film, progress)[condition.name]
 
-def expert_rollout(make_env:Callable, tasks:Sequence[str], seeds:Sequence[int], workers:int=1, progress:bool=True)->list[EpisodeResult]:
+def expert_rollout(make_env:Callable|Crew, tasks:Sequence[str], seeds:Sequence[int], workers:int=1, progress:bool=True)->list[EpisodeResult]:
     "What the scripted expert achieves on the same episodes, without noise"
-    jobs = [(expert_wave, w, ()) for w in _waves(tasks, seeds, 0, 1)]
-    return _collect(jobs, _run_jobs(_no_policy, make_env, 1, workers, jobs), 'expert', progress)
-
-def _no_policy(): return None
+    waves = _waves(tasks, seeds, 0, 1)
+    with _crew(make_env, 1, workers) as crew:
+        return _collect(waves, crew.start(expert_wave, _no_policy, [(waves, ())])[0], 'expert', progress)
