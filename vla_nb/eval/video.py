@@ -23,7 +23,7 @@ from ..core import atomic_path
 def enlarge(
     frames:UInt8[np.ndarray, "l h w c"], # Frames
     height:int = 192, # Least height, pixels
-)->UInt8[np.ndarray, "l h w c"]:
+)->UInt8[np.ndarray, "l h2 w2 c"]:
     "Repeat pixels a whole number of times"
     k = max(1, -(-height//frames.shape[1]))
     return repeat(frames, 'l h w c -> l (h k1) (w k2) c', k1=k, k2=k)
@@ -31,7 +31,7 @@ def enlarge(
 def side_by_side(
     films:Sequence[UInt8[np.ndarray, "_ _ _ c"]], # `(l h w c)`, of the same height, lengths may differ
     gap:int = 4, # White pixels between them
-)->UInt8[np.ndarray, "l h w c"]:
+)->UInt8[np.ndarray, "l h w c"]: # As long as the longest
     "Several films as one; the shorter ones hold their last frame"
     if len({f.shape[1] for f in films}) != 1: raise ValueError(f'films: expected one height, found {[f.shape[1] for f in films]}; enlarge them alike')
     l, (h, c) = max(map(len, films)), (films[0].shape[1], films[0].shape[3])
