@@ -29,6 +29,7 @@ class Env(Protocol):
     fps:float # Control steps a second
     max_steps:int # Control steps before giving up
     tasks:tuple[str, ...] # Task ids
+    settings:dict # What it was made with, for the log and for recordings
 
     def reset(self, seed:int, task:str)->Observation: "A scene drawn from the seed, and a task"
     def observe(self)->Observation: "Render what the robot sees now; costly"
@@ -99,6 +100,7 @@ class Tabletop:
         self.experts = {t: ENV_POLICY_MAP[k.expert]() for t,k in self.suite.tasks.items()}
         self.model = compose(self.mj, self.suite.parts)
         self.data, self.camera = self.mj.MjData(self.model), None
+        self.settings = dict(env='tabletop', suite=suite, renderer=self.backend, size=size)
         self.full, self.home = self.mj.mjtState.mjSTATE_INTEGRATION, None
 
 # %% ../../nbs/envs/03_tabletop.ipynb #9f446781
