@@ -92,6 +92,7 @@ class Episode:
     fps:float|None = None # Control steps a second
     velocity:np.ndarray|None = None # (l, p') float32 joint velocities; some files carry them, no policy here reads them
     action_shift:int = 0 # The chunk that belongs to step t begins at action[max(0, t-shift)]; see the HDF5 page
+    may_rest:tuple[str,...] = () # Dimensions that may stay constant, as 'action 3' or 'state 0'; the doctor faults others
 
     def __post_init__(self):
         self.cameras = {k: ArrayFrames(v) if isinstance(v, np.ndarray) else v for k,v in self.cameras.items()}
