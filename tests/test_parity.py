@@ -1,0 +1,173 @@
+"""Parity: recordings of the original ScaleDP and FiLM are replayed, and spoilt copies of them are refused.
+
+`fixtures/film.pt` is a recording as it is. `fixtures/scaledp_seeded.pt` is one whose weights (10 MB) are replaced by the seed
+that made them: `seeded_weights` gives them back bit for bit. The recordings of other sizes are made here, by our own
+modules: they show that parity follows a file's config and shapes, not that we equal the original at those sizes.
+"""
+from pathlib import Path
+
+import pytest, torch
+from einops import rearrange, reduce, repeat
+
+from vla_nb import parity as P
+from vla_nb.core import masked_mean
+from vla_nb.heads.scaledp import PooledScaleDP, ScaleDP
+from vla_nb.layers.embed import sinusoid, sinusoid_bf16
+from vla_nb.layers.film import FusionFiLM, windows_dexvla
+from vla_nb.objectives.diffusion import ddim_path, squared_cosine
+
+fixtures = Path(__file__).parent/'fixtures'
+
+
+@pytest.fixture
+def original():
+    "The original's recording, whole again"
+    rec = torch.load(fixtures/'scaledp_seeded.pt', weights_only=True)
+    for k in ('state_dict', 'state_dict_tinyvla'): rec[k] = P.seeded_weights(rec[k]['shapes'], rec[k]['seed'])
+    return rec
+
+
+def saved(tmp_path, rec):
+    torch.save(rec, tmp_path/'rec.pt')
+    return tmp_path/'rec.pt'
+
+
+def failed(path): return [r.name for r in P.check(path) if not r.ok]
+
+
+def test_scaledp_equals_the_original(original, tmp_path, capsys):
+    path = saved(tmp_path, original)
+    rows = {r.name: r for r in P.check(path)}
+    assert not [r for r in rows.values() if not r.ok]
+    assert rows['sample/steps'].diff < 1e-5 and rows['y_fp32_bf16freq'].diff < 1e-5 and rows['y_tinyvla'].diff < 1e-5
+    assert max(r.diff for n,r in rows.items() if 'grad' in n) < 1e-5 and rows['train/loss'].diff < 1e-6
+    n = sum(n.startswith('train/grad_norms/') for n in rows)
+    assert n == len(original['state_dict']), 'every parameter has its gradient compared'
+    assert P.parity(path) and 'all within tolerance' in capsys.readouterr().out
+
+
+def test_film_equals_the_original():
+    rows = {r.name: r for r in P.check(fixtures/'film.pt')}
+    assert not [r for r in rows.values() if not r.ok] and max(r.diff for r in rows.values()) < 1e-5
+    for case in ('trap_no_answer_all_minus100', 'trap_evaluate_empty_reasoning', 'trap_pad_id_inside_prompt'):
+        assert rows[f'{case}/y'].ok and rows[f'{case}: ours is finite'].ok
+
+
+@pytest.mark.parametrize('name,at', [('pos_embed', 3), ('blocks.1.attn.qkv.weight', 0), ('blocks.2.mlp.fc2.bias', 5),
+    ('t_embedder.mlp.0.weight', 7), ('final_layer.linear.weight', 1), ('blocks.0.adaLN_modulation.1.bias', 40)])
+def test_one_changed_weight_fails(original, tmp_path, capsys, name, at):
+    original['state_dict'][name].view(-1)[at] += .01
+    path = saved(tmp_path, original)
+    assert failed(path)
+    assert not P.parity(path) and 'FAIL' in capsys.readouterr().out
+
+
+def test_the_pooled_weights_count_too(original, tmp_path):
+    original['state_dict_tinyvla']['norm_after_pool.bias'][0] += .01
+    assert failed(saved(tmp_path, original)) == ['y_tinyvla']
+
+
+def test_every_film_weight_counts(tmp_path):
+    rec = torch.load(fixtures/'film.pt', weights_only=True)
+    for w in rec['state_dict'].values():
+        w.view(-1)[-1] += .01
+        assert failed(saved(tmp_path, rec))
+        w.view(-1)[-1] -= .01
+
+
+def test_an_impossible_output_fails(tmp_path):
+    "The case whose last hidden state is not recorded is checked all the same"
+    rec = torch.load(fixtures/'film.pt', weights_only=True)
+    rec['evaluate_if_last_hidden_kept']['y'][0,0,0] += .2
+    assert failed(saved(tmp_path, rec)) == ['evaluate_if_last_hidden_kept/y']
+
+
+def test_no_tensor_is_skipped(original, tmp_path):
+    original['activations']['block7'] = torch.ones(2)
+    original['more'] = {'y': torch.ones(1)}
+    assert failed(saved(tmp_path, original)) == ['activations/block7: nothing read it', 'more/y: nothing read it']
+
+
+def test_a_smaller_recording_is_enough(original, tmp_path):
+    "A user's own dump may hold predictions alone; what it holds is compared"
+    rec = {k: original[k] for k in ('kind', 'config', 'inputs', 'state_dict', 'y_fp32_bf16freq')}
+    rec['inputs'] = {k: rec['inputs'][k] for k in ('x', 't', 'cond', 'states')}
+    assert [r.name for r in P.check(saved(tmp_path, rec)) if r.ok] == ['y_fp32_bf16freq']
+    del rec['y_fp32_bf16freq']
+    with pytest.raises(ValueError, match='found none'): P.check(saved(tmp_path, rec))
+
+
+def test_what_cannot_be_replayed_is_refused(original, tmp_path):
+    del original['train']['noise']
+    with pytest.raises(ValueError, match='train/noise'): P.check(saved(tmp_path, original))
+    original['config']['n_emb'] = 52
+    with pytest.raises(ValueError, match=r'pos_embed: expected \(1, 10, 52\), found \(1, 10, 48\)'): P.check(saved(tmp_path, original))
+    with pytest.raises(ValueError, match='kind'): P.check(saved(tmp_path, {'state_dict': {}}))
+    (tmp_path/'rec.pt').write_bytes(b'PK\3\4 cut off')
+    with pytest.raises(ValueError, match='weights_only'): P.check(tmp_path/'rec.pt')
+    with pytest.raises(FileNotFoundError): P.check(tmp_path/'none.pt')
+
+
+def record_scaledp(seed, b, a, p, d, horizon, n, depth, heads, mlp_ratio, draws, train_steps, steps, combine=32):
+    "A recording of our own head, at any size"
+    args = dict(action_dim=a, state_dim=p, cond_dim=d, horizon=horizon, width=n, depth=depth, heads=heads, mlp_ratio=mlp_ratio, combine_width=combine)
+    head, pooled, f32 = ScaleDP(**args, encode_time=sinusoid_bf16), PooledScaleDP(**args, encode_time=sinusoid_bf16), ScaleDP(**args)
+    ws = [P.seeded_weights({k: v.shape for k,v in m.named_parameters()}, seed+i) for i,m in enumerate((head, pooled))]
+    for m,w in zip((head, pooled, f32), (*ws, ws[0])): m.load_state_dict(w)
+    g = torch.Generator().manual_seed(seed)
+    r = lambda *s: torch.randn(*s, generator=g)
+    i = dict(x=r(b, horizon, a), t=torch.randint(0, train_steps, (b,), generator=g), cond=r(b, 1, d), states=r(b, p), tokens=r(b, 5, d),
+        actions=r(b, horizon+3, a).clamp(-1, 1), noise0=r(2, horizon, a), is_pad=torch.arange(horizon+3).expand(b, -1) > horizon-2)
+    cond, c2 = i['cond'][:,0], (i['cond'][:2,0], i['states'][:2])
+    sch, out, parts = squared_cosine(train_steps), {}, {'combine': head.combine, 't_emb': head.t_embedder, 'block0': head.blocks[0]}
+    hooks = [m.register_forward_hook(lambda m, x, y, k=k: out.__setitem__(k, y.detach())) for k,m in parts.items()]
+    with torch.no_grad():
+        rec = dict(kind='scaledp', inputs=i, state_dict=ws[0], state_dict_tinyvla=ws[1], y_fp32_bf16freq=head(i['x'], i['t'], cond, i['states']), activations=dict(out))
+        for h in hooks: h.remove()
+        rec |= dict(y_fp32_fp32freq=f32(i['x'], i['t'], cond, i['states']), y_scalar_t42=head(i['x'], torch.full((b,), 42), cond, i['states']),
+            y_tinyvla=pooled(i['x'], i['t'], i['tokens'], i['states']), sinusoid_bf16=sinusoid_bf16(torch.arange(train_steps), 64), sinusoid_fp32=sinusoid(torch.arange(train_steps), 64))
+        path = list(ddim_path(lambda x,t: head(x, t, *c2), sch, i['noise0'], steps))
+        ab = sch.alpha_bar
+        rec['sample'] = dict(actions=path[-1], steps=torch.stack(path), timesteps=torch.arange(train_steps-train_steps//steps, -1, -(train_steps//steps)),
+            alphas_cumprod=ab, betas=1 - ab/torch.cat([torch.ones(1), ab[:-1]]))
+    rec['config'] = dict(depth=depth, n_emb=n, num_heads=heads, mlp_ratio=mlp_ratio, action_dim=a, state_dim=p, cond_dim=d, prediction_horizon=horizon,
+        noise_samples=draws, num_train_timesteps=train_steps, num_inference_timesteps=steps)
+    noise, t, x0, ok = r(draws, b, horizon, a), i['t'], i['actions'][:,:horizon], ~i['is_pad'][:,:horizon]
+    noisy = torch.cat([sch.add_noise(x0, e, t) for e in noise])    # the original's order: noise by noise
+    pred = head(noisy, t.repeat(draws), cond.repeat(draws, 1), i['states'].repeat(draws, 1))
+    sq = reduce((pred - rearrange(noise, 'k b t a -> (k b) t a'))**2, '(k b) t a -> b t a', 'mean', k=draws)
+    loss = (sq*ok[...,None]).mean()
+    loss.backward()
+    grad = {k: v.grad for k,v in head.named_parameters()}
+    rec['train'] = dict(noise=noise, timesteps=t, noisy_actions=noisy, loss=loss.detach(), loss_valid_mean=masked_mean(sq, ok)[0].detach(),
+        grad_norms={k: v.norm() for k,v in grad.items()}, grad_final=grad['final_layer.linear.weight'], grad_qkv0=grad['blocks.0.attn.qkv.weight'])
+    i16 = [v.bfloat16() for v in (i['x'], cond, i['states'])]
+    with torch.no_grad(): rec['y_bf16'] = head.bfloat16()(i16[0], i['t'], *i16[1:])
+    return rec
+
+
+@pytest.mark.parametrize('sizes', [dict(seed=7, b=3, a=4, p=9, d=20, horizon=6, n=24, depth=2, heads=3, mlp_ratio=2., draws=1, train_steps=50, steps=5),
+    dict(seed=8, b=5, a=14, p=14, d=64, horizon=16, n=64, depth=4, heads=8, mlp_ratio=4., draws=4, train_steps=100, steps=10, combine=128)])
+def test_other_sizes_are_followed(sizes, tmp_path):
+    rec = record_scaledp(**sizes)
+    assert not failed(saved(tmp_path, rec))
+    rec['state_dict']['cond_obs_emb.bias'][0] += .01
+    assert failed(saved(tmp_path, rec))
+
+
+@pytest.mark.parametrize('d', [8, 40])
+def test_film_of_other_widths(d, tmp_path):
+    fuse, g = FusionFiLM(d), torch.Generator().manual_seed(d)
+    w = P.seeded_weights({k: v.shape for k,v in fuse.named_parameters()}, d)
+    fuse.load_state_dict(w)
+    ids, hidden = torch.arange(100, 111).repeat(4, 1), torch.randn(4, 11, d, generator=g, requires_grad=True)
+    ids[1,:3] = 151643
+    labels = torch.where(torch.arange(11) < torch.tensor([[4], [7], [10], [11]]), -100, ids)
+    y = torch.stack([FusionFiLM.forward(fuse, hidden[i:i+1], *(m[i:i+1] for m in windows_dexvla(ids, labels)))[0] for i in range(3)])
+    y.square().sum().backward()
+    case = dict(input_ids=ids[:3], labels=labels[:3], hidden_states=hidden[:3].detach(), y=y[:,None].detach(), grad_hidden=hidden.grad[:3],
+        grads={k: v.grad for k,v in fuse.named_parameters()})
+    rec = dict(kind='film', init_state_dict_film_is_zero=torch.tensor(True), state_dict=w, train=case)
+    assert not failed(saved(tmp_path, rec))
+    rec['init_state_dict_film_is_zero'] = torch.tensor(False)
+    assert failed(saved(tmp_path, rec)) == ['init_state_dict_film_is_zero']
