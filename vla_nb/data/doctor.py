@@ -98,7 +98,7 @@ def _lengths(chart, sizes): # A chart; field -> steps
 def _texts(chart, f): # A chart; an open file; field -> steps
     sizes = {}
     for where in ('language_raw', 'substep_reasonings', 'reasoning'):
-        if where not in f: continue
+        if not isinstance(f.get(where), h5py.Dataset): continue
         try:
             if f[where].dtype.kind not in 'OSU': chart.blame(where, 'text', str(f[where].dtype)); continue
             texts = read_text(f, where)
@@ -110,15 +110,16 @@ def _texts(chart, f): # A chart; an open file; field -> steps
 
 def _fields(chart, f, decode): # A chart; an open file; whether to decode
     for where in ('action', 'observations/qpos', 'language_raw', 'observations/images'):
-        if where not in f: chart.blame(where, 'a field of this name', f'{sorted(f)}', 'record or convert it again')
+        kind = h5py.Group if where.endswith('images') else h5py.Dataset
+        if not isinstance(f.get(where), kind): chart.blame(where, f'a {kind.__name__.lower()} of this name', f'{sorted(f)}', 'record or convert it again')
     chart.may_rest, sizes = read_list(f, 'may_rest'), {}
     for name,where in dict(action='action', state='observations/qpos', velocity='observations/qvel', reward='reward').items():
-        if where not in f: continue
+        if not isinstance(f.get(where), h5py.Dataset): continue
         x = f[where][()]
         _numbers(chart, name, where, x[:,None] if name == 'reward' and x.ndim == 1 else x)
         sizes[where] = len(x) if x.ndim else 0
     images = f.get('observations/images', {})
-    chart.cameras = tuple(images)
+    chart.cameras = tuple(images) if 'observations/images' in f else None
     for cam in images:
         where = f'observations/images/{cam}'
         sizes[where] = len(images[cam])

@@ -82,14 +82,14 @@ class JpegFrames:
 @dataclass
 class Episode:
     "One demonstration; ValueError when its parts do not have the same length"
-    cameras:dict[str, Frames] # By name, in order; uint8 (l, h, w, 3) arrays are wrapped
+    cameras:dict # Name -> Frames, in order; uint8 (l, h, w, 3) arrays are wrapped
     state:np.ndarray # (l p) float32, robot units
     action:np.ndarray # (l a) float32, robot units; action[t] follows what was seen at t
     instruction:str # What the robot was told
     subtask:list[str]|None = None # `l` texts: what the expert was doing, or thinking, at each step
     reward:np.ndarray|None = None # (l,) float32
     success:bool|None = None # Did it end well
-    fps:float|None = None # Control steps a second
+    fps:float|int|None = None # Control steps a second
     velocity:np.ndarray|None = None # (l, p') float32 joint velocities; some files carry them, no policy here reads them
     action_shift:int = 0 # The chunk that belongs to step t begins at action[max(0, t-shift)]; see the HDF5 page
     may_rest:tuple[str,...] = () # Dimensions that may stay constant, as 'action 3' or 'state 0'; the doctor faults others
@@ -124,7 +124,7 @@ class EpisodeSource(Protocol):
     def describe(self, i:int)->str:
         "What to call episode `i` in a message: its file"
 
-def digest(*parts:bytes|str|int)->str:
+def digest(*parts)->str: # Bytes, or what `str` shows of other values
     "A short hex name of some content"
     h = hashlib.blake2b(digest_size=16)
     for p in parts:
@@ -153,7 +153,7 @@ class ArraySource:
 # %% ../../nbs/data/01_episode.ipynb #646a3106
 def split_episodes(
     n:int, # Episodes
-    val_fraction:float = .1, # Share to hold out; at least one episode unless 0
+    val_fraction:float|int = .1, # Share to hold out; at least one episode unless 0
     seed:int = 0, # Another seed, another split
 )->tuple[np.ndarray, np.ndarray]: # Train and validation indices, each sorted
     "Split by episode: a pure function of its arguments. ValueError when a side would be empty"

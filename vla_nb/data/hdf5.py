@@ -104,7 +104,7 @@ class Hdf5Frames:
         try: return decode(self._row(i).rstrip(b'\0'))
         except ValueError as e: raise ValueError(f'{self.path}: {self.name}: frame {i}: expected a JPEG, found {e}; record it again') from None
     def __getitem__(self, i):
-        if self.raw: return np.frombuffer(self._row(i), np.uint8).reshape(self.shape)
+        if self.raw: return np.frombuffer(bytearray(self._row(i)), np.uint8).reshape(self.shape)
         frame = self._check(i, decode_frame)
         return np.ascontiguousarray(frame[...,::-1]) if self.swap else frame
     def jpeg(self, i): return None if self.raw or self.swap else self._row(i).rstrip(b'\0')

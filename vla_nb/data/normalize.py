@@ -39,7 +39,7 @@ def _span(lo, hi, min_range): return _make((lo+hi)/2, (hi-lo).clamp(min=min_rang
 
 def zscore(
     stats:dict, # `stats['state']` or `stats['action']`, as `compute_stats` makes them
-    min_std:float = 1e-2, # A smaller spread is taken to be this, in robot units
+    min_std:float|int = 1e-2, # A smaller spread is taken to be this, in robot units
 )->Normalizer:
     "Mean to 0, standard deviation to 1"
     mean,std = _get(stats, 'mean', 'std')
@@ -47,8 +47,8 @@ def zscore(
 
 def minmax(
     stats:dict, # As above
-    min_range:float = 1e-2, # A smaller range is taken to be this, in robot units
-    margin:float = 0., # Widen the range by this much on either side first (DexVLA: 1e-4)
+    min_range:float|int = 1e-2, # A smaller range is taken to be this, in robot units
+    margin:float|int = 0., # Widen the range by this much on either side first (DexVLA: 1e-4)
 )->Normalizer:
     "Observed minimum to -1, maximum to 1; a constant to 0"
     lo,hi = _get(stats, 'min', 'max')
@@ -56,7 +56,7 @@ def minmax(
 
 def quantile(
     stats:dict, # As above
-    min_range:float = 1e-2, # As above
+    min_range:float|int = 1e-2, # As above
 )->Normalizer:
     "1 % quantile to -1, 99 % quantile to 1; outliers go beyond"
     lo,hi = _get(stats, 'q01', 'q99')

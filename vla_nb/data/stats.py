@@ -35,7 +35,7 @@ class Moments:
     @classmethod
     def of(cls,
         x, # Rows (n, d)
-        start:int = 0, # Position of the first row in the data set
+        start = 0, # Position of the first row in the data set
     ):
         "Moments of some rows. ValueError where one is NaN or infinite"
         x = np.asarray(x, dtype=np.float64)
