@@ -16,7 +16,7 @@ from dataclasses import dataclass
 def wilson(
     n:int, # Episodes
     k:int, # Successes among them
-    z:float = 1.959964, # Normal quantile; this one is for 95 %
+    z:float|int = 1.959964, # Normal quantile; this one is for 95 %
 )->tuple[float, float]: # Lower and upper end, in [0, 1]
     "Wilson's score interval for the probability behind `k` successes in `n` tries (Wilson 1927)"
     if not 0 <= k <= n: raise ValueError(f'successes: expected 0 to n={n}, found k={k}; count each episode once')

@@ -66,7 +66,7 @@ class Looker:
     "Walks to the disc of the named colour; where it sees or hears nothing, to some slot"
     def __init__(self,
         horizon:int = 8, # Length of a chunk
-        noise:float = 0., # Spread of its error about where the disc is
+        noise:float|int = 0, # Spread of its error about where the disc is
     ): self.horizon, self.noise = horizon, noise
 
     def act(self, obs:Observation, generator:torch.Generator|None=None, seed:torch.Tensor|None=None)->Actions:

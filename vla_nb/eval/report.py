@@ -48,7 +48,7 @@ def success_row(
     label:str, # Name of the row
     s:Success, # Its count
     kind:str = 'plain', # Class of the bar: 'main' for the rate that the run is about
-    chance:float|None = None, # Success of a guess, drawn as a line
+    chance:float|int|None = None, # Success of a guess, drawn as a line
 )->str:
     "One bar with its interval"
     note = f'<small>{escape(notes[label])}</small>' if label in notes else ''
@@ -138,7 +138,7 @@ def write_report(
     settings:Mapping[str, object]|None = None, # The run's settings
     commands:Sequence[str] = (), # What to type next
     title:str = 'Closed-loop evaluation', # Of the page
-    chance:float|None = None, # Success of a guess, drawn as a line
+    chance:float|int|None = None, # Success of a guess, drawn as a line
 )->Path:
     "Write a run's report as one self-contained HTML file"
     groups = success_groups(result)

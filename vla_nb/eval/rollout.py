@@ -33,7 +33,7 @@ class RecedingHorizon:
 @dataclass(frozen=True)
 class TemporalEnsemble:
     "Look at every step; execute the weighted mean of what the past chunks said about it (ACT, algorithm 2)"
-    m:float = .01 # Decay of the weights, from the oldest prediction on
+    m:float|int = .01 # Decay of the weights, from the oldest prediction on
 
     def start(self)->Callable[[np.ndarray], np.ndarray]:
         past = []

@@ -43,8 +43,8 @@ def side_by_side(
 def write_gif(
     path:str|Path, # The file
     frames:UInt8[np.ndarray, "l h w c"], # RGB
-    fps:float = 20., # Frames a second
-    hold:float = 1., # Seconds on the last frame
+    fps:float|int = 20, # Frames a second
+    hold:float|int = 1, # Seconds on the last frame
 )->Path:
     "Write an endless GIF"
     palette = Image.fromarray(np.concatenate(frames[::max(1, len(frames)//8)], 1)).quantize(255, dither=Image.Dither.NONE)
@@ -57,7 +57,7 @@ def write_gif(
 def write_mp4(
     path:str|Path, # The file
     frames:UInt8[np.ndarray, "l h w c"], # RGB
-    fps:float = 20., # Frames a second
+    fps:float|int = 20, # Frames a second
 )->Path|None: # None where no encoder is installed
     "Write an H.264 film, where imageio-ffmpeg is installed (the `sim` extra)"
     if find_spec('imageio_ffmpeg') is None: return None

@@ -30,7 +30,7 @@ def episode_strip(
     frames:UInt8[np.ndarray, "l h w c"], # An episode, or a part of it
     n:int = 6, # Frames to show
     title:str = '', # What the strip shows
-    fps:float|None = None, # Frames a second, to label by time; None labels by step
+    fps:float|int|None = None, # Frames a second, to label by time; None labels by step
 )->Figure:
     "Equally spaced frames of an episode"
     at = np.linspace(0, len(frames)-1, min(n, len(frames))).round().astype(int)
@@ -62,7 +62,7 @@ def action_chunk(
 def success_bars(
     rows:Mapping[str, object], # By label: `rate`, `low`, `high` in [0, 1], as `eval.metrics.Success`
     title:str = '', # The claim
-    chance:float|None = None, # Success of a guess
+    chance:float|int|None = None, # Success of a guess
 )->Figure:
     "Success rates with their 95 % intervals"
     fig,ax = _panels(height=.9 + .28*len(rows))
@@ -82,7 +82,7 @@ def loss_curves(
     log:Sequence[Mapping], # Records with `step` and numbers by name
     keys:Sequence[str], # Quantities to draw
     title:str = '', # The claim
-    smooth:float = 0., # Weight of a dense curve's running average, in [0, 1); 0 draws the values themselves
+    smooth:float|int = 0, # Weight of a dense curve's running average, in [0, 1); 0 draws the values themselves
 )->Figure:
     "Losses over training steps"
     fig,ax = _panels()
