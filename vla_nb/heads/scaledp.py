@@ -90,8 +90,9 @@ def denoise(self:ScaleDP,
     c:Float[Tensor, "b e"], # From `condition`
 )->Float[Tensor, "bk t a"]:
     "Predict from noisy actions, given a condition that is already computed"
-    if x_t.shape[1] != self.pos_embed.shape[1]:
-        raise ValueError(f'ScaleDP: x_t: expected {self.pos_embed.shape[1]} steps, got {x_t.shape[1]}; set horizon={x_t.shape[1]}')
+    want, (n, h, a) = (self.pos_embed.shape[1], self.x_embedder.in_features), x_t.shape
+    if (h, a) != want: raise ValueError(f'ScaleDP: x_t: expected (b, {want[0]}, {want[1]}), got {(n, h, a)}; set horizon={h}, action_dim={a}')
+    if n % len(c): raise ValueError(f'ScaleDP: x_t: expected a multiple of {len(c)} rows, one or more for each condition, got {n}; repeat each condition alike')
     c = self.t_embedder(t) + repeat(c, 'b e -> (b k) e', k=len(x_t)//len(c))
     x = self.x_embedder(x_t) + self.pos_embed
     for block in self.blocks: x = block(x, c)
