@@ -90,7 +90,7 @@ def build_cache(
     folder, # Where to; made whole or not at all
     kind:str = 'jpeg', # 'jpeg': small; 'u8': decoded, fastest
     height:int = 224, width:int = 224, # What the model reads
-    quality:int = 95, # Of the JPEGs, 4:4:4
+    quality:int = 90, # Of the JPEGs, 4:4:4
     threads:int = 2, # That decode and encode
     progress:bool = True, # Show a bar
 )->'CacheSource': # The cache, open
@@ -180,7 +180,8 @@ def read_frames(self,
     else:
         whole = rw == self.size[1]
         for j,r in enumerate(rows):
-            if whole: decode_jpeg(self.row(camera, r), out=place[j])
-            else: place[j] = decode_jpeg(self.row(camera, r))
+            data = self.row(camera, r).tobytes()
+            if whole: decode_jpeg(data, out=place[j])
+            else: place[j] = decode_jpeg(data)
 
 CacheSource.row, CacheSource.episode, CacheSource.read_frames = row, episode, read_frames

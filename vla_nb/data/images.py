@@ -72,13 +72,13 @@ def decode_jpeg(
     size = (-(-h//k), -(-w//k), 3)
     if out is not None and (out.shape != size or not out.flags.c_contiguous): raise ValueError(f'out: expected a contiguous {size} array, found {out.shape}')
     if simplejpeg: return simplejpeg.decode_jpeg(data, 'RGB', min_height=size[0], min_width=size[1], min_factor=k, buffer=out)
-    return _pillow(data, size, out)
+    return _pillow(data, k, out)
 
-def _pillow(data, size, out):
+def _pillow(data, k, out):
     from PIL import Image
     try:
         im = Image.open(io.BytesIO(data), formats=['JPEG'])
-        im.draft('RGB', (size[1], size[0]))
+        im.draft('RGB', (im.width//k, im.height//k))
         x = np.array(im.convert('RGB'))
     except OSError as e: raise ValueError(f'not a JPEG: {e}') from None
     if out is None: return x

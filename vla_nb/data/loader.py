@@ -10,11 +10,11 @@ __all__ = ['permutation', 'Order', 'put_frame', 'shrink', 'ImageReader', 'Slabs'
 # %% ../../nbs/data/07_loader.ipynb #dfe2ce0d
 import atexit, weakref
 from collections import deque
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import count
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import Callable
 
 import numpy as np, torch
 from einops import rearrange
@@ -38,13 +38,16 @@ class Order:
         self.n, self.each, self.seed, self.rank, self.world, self.shuffle = n, batch_size*world, seed, rank, world, shuffle
         self.steps = n//self.each if drop_last else -(-n//self.each)    # per epoch
         if not self.steps: raise ValueError(f'batch_size: expected at most {n//world} for {n} samples on {world} process{"es"*(world>1)}, found {batch_size}')
-        self.last = None, None
+        self.last = None, None, None
     def __call__(self, k): # Step
-        "Indices (int64) and epoch of step `k`"
+        "Indices (int64) and seeds of the samples of step `k`"
         epoch,i = divmod(k, self.steps)
         last = self.last    # read once: at an epoch's end two threads want two of them
-        if last[0] != epoch: last = self.last = epoch, permutation(self.n, self.seed, epoch) if self.shuffle else np.arange(self.n)
-        return last[1][i*self.each:(i+1)*self.each][self.rank::self.world], epoch
+        if last[0] != epoch:
+            perm = permutation(self.n, self.seed, epoch) if self.shuffle else np.arange(self.n)
+            last = self.last = epoch, perm, fold_seed(torch.from_numpy(perm), self.seed, epoch)
+        mine = slice(i*self.each+self.rank, (i+1)*self.each, self.world)
+        return last[1][mine], last[2][mine]
 
 # %% ../../nbs/data/07_loader.ipynb #74c7ff76
 def put_frame(
@@ -173,9 +176,9 @@ class Loader:
 
     def samples(self, step:int)->Samples:
         "What step `step` is made of, before `prepare`"
-        idx,epoch = self.order(step)
         w = self.windows
-        low = w.lowdim(idx, fold_seed(torch.from_numpy(idx.copy()), self.seed, epoch))
+        idx,seed = self.order(step)
+        low = w.lowdim(idx, seed)
         slab = self.slabs.take()    # late: by now the consumer has dropped the batch before the last
         self.read(w.episode_of(idx), w.step_of(idx), slab.numpy()[:len(idx)])
         return Samples(images=rearrange(slab[:len(idx)], 'b n h w c -> b n c h w'), **low)
