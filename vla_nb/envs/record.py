@@ -17,7 +17,7 @@ from einops import rearrange
 from tqdm import tqdm
 
 from ..core import write_json
-from ..data.episode import Episode
+from ..data.episode import ArrayFrames, Episode
 from ..data.hdf5 import write_episode
 
 # %% ../../nbs/envs/04_record.ipynb #672c789a
@@ -38,7 +38,8 @@ def demonstrate(
         if env.achieved(): break
         obs = env.observe()
     frames = rearrange(np.stack(images), 'l n h w c -> n l h w c')
-    return Episode(dict(zip(env.cameras, frames)), np.stack(state), np.stack(action), obs.instruction[0], success=env.achieved() == task, fps=env.fps)
+    return Episode({c: ArrayFrames(f) for c,f in zip(env.cameras, frames)}, np.stack(state), np.stack(action), obs.instruction[0],
+        success=env.achieved() == task, fps=env.fps, may_rest=tuple(env.may_rest))
 
 # %% ../../nbs/envs/04_record.ipynb #84a8717f
 _worker = {}    # this process's environment

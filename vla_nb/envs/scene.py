@@ -34,7 +34,7 @@ class Part:
     height:float = 0. # Where its body's frame is above the table, m
 
 # %% ../../nbs/envs/02_scene.ipynb #f00fc178
-def paint(rgb): return dict(btn_red=(*rgb, 1), btn_yellow=(*[.75*c for c in rgb], 1))
+def paint(rgb): return dict(btn_red=(*rgb, 1), btn_yellow=(*[.75*c for c in rgb], 1), btn_black=(*[.5*c for c in rgb], 1))    # cap, lid, box
 
 BUTTONS = (Part('red', 'sawyer_button_press', 'box', paint((.85, .05, .05)), .115),
            Part('green', 'sawyer_button_press', 'box', paint((.05, .65, .1)), .115),

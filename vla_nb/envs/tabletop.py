@@ -30,6 +30,7 @@ class Env(Protocol):
     max_steps:int # Control steps before giving up
     tasks:tuple[str, ...] # Task ids
     settings:dict # What it was made with, for the log and for recordings
+    may_rest:tuple[str, ...] # Dimensions ('action 3') that its expert may leave still, which is no fault of a recording
 
     def reset(self, seed:int, task:str)->Observation: "A scene drawn from the seed, and a task"
     def observe(self)->Observation: "Render what the robot sees now; costly"
@@ -72,7 +73,7 @@ class Suite:
 SUITES = dict(
     buttons=Suite(BUTTONS, {c: press(c, (f'press the {c} button', f'push the {c} button in', f'go and hit the {c} one'),
                                         (f'push the {c} one', f'go and press the {c} button', f'hit the {c} button')) for c in ('red', 'green', 'blue')},
-                  (-.28, 0, .28), (.87, .87, .87), (.018, .04), 60),
+                  (-.28, 0., .28), (.87, .87, .87), (.018, .04), 60),
     desk=Suite(DESK, dict(
         drawer=Task('drawer-open-v3', 'drawer', ('body', 'drawer-drawer_link', (0, -.16, 0)), 'drawer-goal_slidey', -.14,
                     ('open the drawer', 'pull the drawer open', 'slide the drawer out'), ('pull the drawer out', 'slide the drawer open')),
@@ -81,12 +82,13 @@ SUITES = dict(
                   ('turn the tap left', 'rotate the faucet to the left')),
         right=turn('faucet-open-v3', 'handleStartOpen', 1., ('turn the faucet right', 'rotate the tap to the right', 'twist the handle to the right'),
                    ('turn the tap right', 'rotate the faucet to the right'))),
-        (-.3, 0, .3), (.9, .87, .82), (.018, .02), 90))
+        (-.3, 0., .3), (.9, .87, .82), (.018, .02), 90))
 
 # %% ../../nbs/envs/03_tabletop.ipynb #75c10483
 class Tabletop:
     "A Sawyer arm at a table; the task is in the words, where to go is in the picture"
     cameras, action_dim, state_dim, fps, hold = ('front',), 4, 4, 20., 4
+    may_rest = ('action 3', 'state 3')    # pressing needs no fingers: their column may be constant in a recording
     def __init__(self,
         suite:str='buttons', # A name in `SUITES`
         renderer:str='auto', # 'auto', 'egl', 'osmesa' or 'rays'
