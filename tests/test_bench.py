@@ -82,3 +82,14 @@ def test_peers_name_what_is_missing(monkeypatch):
     assert any('datasets not installed' in n for n, *_ in bench.peers())
     monkeypatch.setattr(bench, 'installed', lambda n: True)
     assert any('LeRobot' in n for n, *_ in bench.peers())
+
+
+def test_a_peer_that_fails_is_named_in_the_record(monkeypatch, tmp_path):
+    def missing(*a): raise RuntimeError('no video decoder')
+    monkeypatch.setattr(bench, 'lerobot_video', missing)
+    monkeypatch.setattr(bench, 'peers', lambda: iter([('LeRobotDataset, video', 'float32 480x640', missing), ('JPEG folder + PIL', 'uint8 224', bench.jpeg_folder)]))
+    ways, failed = bench.open_ways(tmp_path, panning(1, 4, height=48, width=64), 2, (24, 24), 0)
+    assert failed == [dict(name='LeRobotDataset, video', why='RuntimeError')] and ways[0].name == 'JPEG folder + PIL'
+    monkeypatch.setattr(bench, 'peers', lambda: iter([('mine', 'uint8 224', lambda *a: 1/0)]))
+    (tmp_path/'b').mkdir()
+    with pytest.raises(ZeroDivisionError): bench.open_ways(tmp_path/'b', panning(1, 4, height=48, width=64), 2, (24, 24), 0)
