@@ -237,8 +237,8 @@ def bench_data(
     try:
         with tempfile.TemporaryDirectory() as tmp:
             ways, failed = open_ways(Path(tmp), panning(episodes, steps, height=shape[0], width=shape[1], seed=seed), batch_size, size, seed)
-            with tqdm(total=rounds*len(ways), desc='bench', unit='turn', disable=quick) as bar:
-                rates = [[bar.update() or measure(w, batch_size*3, seconds, 100*r) for w in ways] for r in range(rounds)]
+            turns = tqdm([(r, w) for r in range(rounds) for w in ways], desc='bench', unit='turn', disable=quick)
+            rates = np.array([measure(w, batch_size*3, seconds, 100*r) for r,w in turns]).reshape(rounds, len(ways), 2)
             ref = next(w.images for w in ways if w.images), shape
             dbs = [distance(w, ref, size) for w in ways]
             for w in ways: w.close()
@@ -247,7 +247,7 @@ def bench_data(
     best = max(c for w,c in zip(ways, cpu) if not w.ours)
     rows = [dict(name=w.name, ours=w.ours, gives=w.gives, frames_per_cpu_s=round(c, 1), frames_per_wall_s=round(s, 1), ratio=round(c/best, 3),
         psnr_db=None if d is None or math.isinf(d) else round(d, 2)) for w,c,s,d in zip(ways, cpu, wall, dbs)]
-    if out: write_json(out, dict(rows=rows, goals=goals(rows, np.array(rates)[...,0]), not_measured=failed, **where(), seed=seed, quick=quick, frames=dict(
+    if out: write_json(out, dict(rows=rows, goals=goals(rows, rates[...,0]), not_measured=failed, **where(), seed=seed, quick=quick, frames=dict(
         episodes=episodes, steps=steps, cameras=3, height=shape[0], width=shape[1], batch_size=batch_size, rounds=rounds, seconds=seconds)))
     return rows
 
