@@ -23,7 +23,7 @@ def test_rows(record):
     for n in ('camera JPEG at 1/2', 'JPEG cache', 'uint8 cache'):
         assert f'{n}, asked' in names and f'{n}, loader' in names
     for r in rows: assert r['frames_per_cpu_s'] > 0 and r['frames_per_wall_s'] > 0 and r['ratio'] > 0
-    assert max(r['ratio'] for r in rows if not r['ours']) == 1
+    assert any(r['ratio'] == 1 for r in rows if not r['ours'])
 
 
 def test_all_show_the_same_frames(record):

@@ -10,6 +10,7 @@ __all__ = ['rule', 'cache_key', 'read_meta', 'check_key', 'build_cache', 'CacheF
 
 # %% ../../nbs/data/08_cache.ipynb #1e7f7af1
 import json
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -178,9 +179,9 @@ def read_frames(self,
         pixels = self.blobs[camera].reshape(-1, rh, rw, 3)
         for j,r in enumerate(rows): place[j] = pixels[r]
     else:
-        whole = rw == self.size[1]
-        for j,r in enumerate(rows):
-            data = self.row(camera, r).tobytes()
+        blob, o, whole = self.blobs[camera], self.offsets[camera], rw == self.size[1]
+        for j,a,b in zip(count(), o[rows].tolist(), o[np.add(rows, 1)].tolist()):
+            data = blob[a:b].tobytes()
             if whole: decode_jpeg(data, out=place[j])
             else: place[j] = decode_jpeg(data)
 
