@@ -8,8 +8,9 @@ Docs: https://example.github.io/vla_nb/envs/record.html.md"""
 __all__ = ['demonstrate', 'record']
 
 # %% ../../nbs/envs/04_record.ipynb #2e252844
-import json, multiprocessing, os, threading
+import json, multiprocessing, os, signal, threading
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np, torch
@@ -17,6 +18,7 @@ from einops import rearrange
 from tqdm import tqdm
 
 from ..core import write_json
+from ..data.doctor import declare
 from ..data.episode import ArrayFrames, Episode
 from ..data.hdf5 import write_episode
 
@@ -45,14 +47,19 @@ def demonstrate(
 _worker = {}    # this process's environment
 
 def _start(make_env):
-    torch.set_num_threads(1)
-    if boss := multiprocessing.parent_process(): threading.Thread(target=lambda: (boss.join(), os._exit(1)), daemon=True).start()
-    _worker['env'] = make_env()
+    _worker['make'] = make_env
+    if boss := multiprocessing.parent_process():
+        torch.set_num_threads(1)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is the recorder's to answer: episodes under way are finished
+        threading.Thread(target=lambda: (boss.join(), os._exit(1)), daemon=True).start()
 
-def _about(): return _worker['env'].tasks, _worker['env'].settings
+def _env(): # Made at the first call, so that what goes wrong in the making reaches the caller
+    if 'env' not in _worker: _worker['env'] = _worker['make']()
+    return _worker['env']
+def _about(): return _env().tasks, _env().settings, tuple(_env().may_rest)
 
 def _one(path, task, seed, noise, smooth, compress, quality): # Whether the expert did it; if so, it is on the disk
-    ep = demonstrate(_worker['env'], task, seed, noise, smooth)
+    ep = demonstrate(_env(), task, seed, noise, smooth)
     if ep.success: write_episode(path, ep, compress, quality)
     return ep.success
 
@@ -90,13 +97,15 @@ def record(
     "Record demonstrations; episodes that are there already are kept, so a killed run is resumed by the same call"
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), _start, (make_env,)) if workers else _Here(make_env)
     try:
-        tasks, made_with = pool.submit(_about).result()
+        tasks, made_with, may_rest = pool.submit(_about).result()
         folder, how = Path(folder), dict(noise=noise, smooth=smooth, compress=compress, quality=quality)
         settings = dict(made_with, seed=seed, tasks=list(tasks), **how)
         folder.mkdir(parents=True, exist_ok=True)
         _check_folder(folder, settings)
+        if may_rest: declare(folder, *may_rest)    # the doctor shall not take an unused gripper for a broken one
         with tqdm(total=episodes_per_task*len(tasks), unit='episode', disable=not progress) as bar:
             counts = _fill(pool, folder, tasks, episodes_per_task, seed, tuple(how.values()), bar)
+    except BrokenProcessPool: raise RuntimeError(f'{folder}: expected {workers} recording processes, found one killed; record again to go on') from None
     finally: pool.shutdown(cancel_futures=True)
     expert = {t: dict(n=counts[t]['tried'], k=counts[t]['ok']) for t in tasks}
     summary = dict(episodes=sum(c['ok'] for c in counts.values()), expert=expert, settings=settings)

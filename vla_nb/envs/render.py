@@ -68,11 +68,11 @@ class GLCamera:
 def geom_colours(
     model, # A compiled MjModel
 )->np.ndarray: # (geoms, 3) in [0, 1]
-    "One colour for each geom: its material's, times the mean of the material's texture"
+    "One colour for each geom: its own where it was given one, else its material's, times the mean of the material's texture"
     rgba = model.geom_rgba[:,:3].copy()
     for g in np.flatnonzero(model.geom_matid >= 0):
         mat = model.geom_matid[g]
-        rgba[g] = model.mat_rgba[mat,:3]
+        if np.allclose(rgba[g], .5): rgba[g] = model.mat_rgba[mat,:3]    # MuJoCo's own rule: grey means not given
         tex = max(model.mat_texid[mat])
         if tex < 0: continue
         start, c = model.tex_adr[tex], model.tex_nchannel[tex]
