@@ -19,7 +19,7 @@ def record(tmp_path_factory):
 def test_rows(record):
     rows, _ = record
     names = [r['name'] for r in rows]
-    assert len(set(names)) == len(names) and {'JPEG folder + PIL', 'ACT: raw HDF5 (re-expressed)'} < set(names)
+    assert len(set(names)) == len(names) and {'JPEG folder + PIL, openpi pad', 'ACT: raw HDF5 (re-expressed)'} < set(names)
     for n in ('camera JPEG at 1/2', 'JPEG cache', 'uint8 cache'):
         assert f'{n}, asked' in names and f'{n}, loader' in names
     for r in rows: assert r['frames_per_cpu_s'] > 0 and r['frames_per_wall_s'] > 0 and r['ratio'] > 0

@@ -60,10 +60,11 @@ def panning(
 
 # %% ../nbs/02_bench.ipynb #125f3813
 def pil_letterbox(image, height, width):
-    "openpi's resize with pad, by Pillow: uint8 (h, w, 3)"
-    rh,rw,top,left = fit(image.height, image.width, height, width)
+    "openpi's resize with pad, by Pillow; as in its transforms, arrays go in and come out: uint8 (h, w, 3)"
+    frame = np.asarray(image.convert('RGB'))
+    rh,rw,top,left = fit(*frame.shape[:2], height, width)
     out = Image.new('RGB', (width, height))
-    out.paste(image.convert('RGB').resize((rw, rh), Image.BILINEAR), (left, top))
+    out.paste(Image.fromarray(frame).resize((rw, rh), Image.BILINEAR), (left, top))
     return np.asarray(out)
 
 def jpeg_folder(folder, eps, size):
@@ -137,8 +138,8 @@ def installed(name): return importlib.util.find_spec(name) is not None
 def peers():
     "Name, what it hands over, and how to open it, of every peer that can be measured here"
     small, big = 'uint8 224', 'float32 480x640'
-    yield ('HF datasets, Parquet-JPEG + PIL', small, hf_parquet) if installed('datasets') else ('Parquet-JPEG by pyarrow + PIL (datasets not installed)', small, arrow_parquet)
-    yield 'JPEG folder + PIL', small, jpeg_folder
+    yield ('HF datasets, Parquet-JPEG + PIL, openpi pad', small, hf_parquet) if installed('datasets') else ('Parquet-JPEG by pyarrow (datasets not installed) + PIL', small, arrow_parquet)
+    yield 'JPEG folder + PIL, openpi pad', small, jpeg_folder
     yield 'ACT: raw HDF5 (re-expressed)', big, act_hdf5
     if installed('lerobot'): yield 'LeRobotDataset, video', big, lerobot_video
 

@@ -66,8 +66,10 @@ def decode_jpeg(
 )->np.ndarray: # uint8 (h, w, 3), RGB
     "Decode at 1/1, 1/2, 1/4 or 1/8, whichever is enough; releases the GIL. ValueError where it is no JPEG"
     if simplejpeg and out is not None and not min_height and out.flags.c_contiguous:    # no need to read the header twice
-        x = simplejpeg.decode_jpeg(data, 'RGB', buffer=out)
-        if x.shape == out.shape: return x
+        try:
+            x = simplejpeg.decode_jpeg(data, 'RGB', buffer=out)
+            if x.shape == out.shape: return x
+        except ValueError: pass    # the long way says what is wrong
     h,w = jpeg_size(data)
     k = 1
     if min_height and min_width:
