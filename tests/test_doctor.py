@@ -150,7 +150,7 @@ def still(path, i, name='action', d=3, value=0., instruction=None):
 def test_a_dimension_that_moves_nowhere_is_one_fault_of_the_folder(data):
     for i in range(n): still(data, i)
     fault, = check(data)
-    assert (fault.file, fault.field) == ('(every file)', 'action, dimension 3') and '--may-rest "action 3"' in fault.mend
+    assert (fault.file, fault.field) == ('(every file)', 'action, dimension 3') and '{"may_rest": ["action 3"]} to dataset.json' in fault.mend
     with pytest.raises(ValueError, match='every file'): require_healthy(data)
     assert check(data, may_rest=['action 3']) == [] and len(check(data, may_rest=['state 3'])) == 1
 
@@ -188,6 +188,26 @@ def test_a_gripper_that_one_instruction_of_many_does_not_use_is_no_accident(tmp_
 def test_a_goal_that_differs_between_episodes_is_no_fault(data):
     for i in range(n): still(data, i, 'observations/qpos', 2, float(i))
     assert check(data) == []
+
+
+def test_one_file_that_rests_elsewhere_is_told_from_a_goal_and_from_the_rest(data):
+    for i in range(n): still(data, i, value=.3 if i == 4 else 0.)
+    assert [(f.file, f.found) for f in check(data)] == [('episode_4.hdf5', '0.3 at every step'), ('(every file)', '0 at every step of 7 files')]
+
+
+def test_the_recorders_word_does_not_cover_a_frozen_sensor_and_yours_does(tmp_path):
+    g = np.random.default_rng(0)
+    for i in range(40):
+        e = wander(i, may_rest=('state 3', 'action 3'))
+        e.state[:,3] = np.clip(g.uniform(.2, .8)+np.linspace(0, 1, 12), 0, 1)    # fingers that open fully, and stay so
+        e.action[:,3] = 0
+        if i == 3: e.state[:,3] = 1
+        if i == 7: e.state[:,3] = .437
+        if i == 9: e.action[:,3] = .3
+        write_episode(tmp_path/f'episode_{i}.hdf5', e)
+    assert [(f.file, f.field) for f in check(tmp_path)] == [('episode_7.hdf5', 'observations/qpos, dimension 3'), ('episode_9.hdf5', 'action, dimension 3')]
+    declare(tmp_path, 'state 3', 'action 3')
+    assert check(tmp_path) == []
 
 
 def test_short_episodes_are_not_blamed_for_standing_still(tmp_path):

@@ -48,6 +48,7 @@ class Chart:
     faults:list[Fault] = field(default_factory=list)
     cameras:tuple[str,...]|None = None # None: not known, the file cannot be read
     dims:dict[str, int] = field(default_factory=dict) # 'action', 'state' -> dimensions
+    values:dict[str, np.ndarray] = field(default_factory=dict) # 'action', 'state' -> its numbers, where all are finite
     still:dict[str, float] = field(default_factory=dict) # 'action 3' -> the value that it kept
     may_rest:tuple[str,...] = () # What the recorder says may stay still
     instruction:str = ''
@@ -62,6 +63,7 @@ def _numbers(chart, name, where, x): # A chart; 'action' or another name; the fi
         chart.blame(where, 'finite numbers', f'{x[t,d]} at step {t}, dimension {d}' + (f', and {len(bad)-1} more up to step {bad[-1][0]}' if len(bad) > 1 else ''))
     if name not in ('action', 'state'): return
     chart.dims[name] = x.shape[1]
+    if not len(bad): chart.values[name] = x
     if len(x) < 5 or len(bad): return
     for d in np.flatnonzero(np.ptp(x, axis=0) <= 1e-6*np.maximum(1, np.abs(x[0]))): chart.still[f'{name} {d}'] = float(x[0,d])
 
@@ -143,7 +145,7 @@ def examine(
         chart.blame('file', 'a complete HDF5 file', f'{size} bytes: {str(e).split("(", 1)[-1].rstrip(")")}' if size else 'an empty file')
     return chart
 
-# %% ../../nbs/data/09_doctor.ipynb #d670e33d
+# %% ../../nbs/data/09_doctor.ipynb #30fa0a1f
 def _dims(charts): # Charts; faults
     for name in ('action', 'state'):
         counts = Counter(c.dims[name] for c in charts if name in c.dims)
@@ -164,18 +166,31 @@ def _still(charts, may_rest):
     read = [c for c in charts if c.dims]
     for key in sorted({k for c in read for k in c.still} - set(may_rest), key=lambda k: (k.split()[0], int(k.split()[1]))):
         name,d = key.split()[0], int(key.split()[1])
-        have = [c for c in read if c.dims.get(name, 0) > d and key not in c.may_rest]
+        have = [c for c in read if c.dims.get(name, 0) > d]
         rest = [c for c in have if key in c.still]
         where = f'{name if name == "action" else "observations/qpos"}, dimension {d}'
-        mend = f'mend the sensor and record again; if it is meant, run vla-nb doctor with --may-rest "{key}"'
+        mend = f'mend the sensor and record again; if it is meant, write {{"may_rest": ["{key}"]}} to dataset.json in the folder'
+        value = {c.file: f'{c.still[key]:.5g}' for c in rest}
+        counts = Counter(value.values())
+        top, k = counts.most_common(1)[0]
         if len(rest) == len(have) > 1:
-            v = [c.still[key] for c in rest]
-            if np.ptp(v) <= 1e-6*max(1, abs(v[0])): yield Fault('(every file)', where, 'a dimension that moves', f'{v[0]:.6g} at every step of {len(have)} files', mend)
-            continue    # one value an episode, but not the same: a goal, say
-        for c in rest:
-            kin = [o for o in have if o.instruction == c.instruction]
-            common = any(k >= 3 and 5*k >= len(group) for group in (have, kin) for k in [sum(key in o.still for o in group)])
-            if not common: yield Fault(c.file, where, f'a dimension that moves, as in {len(have)-len(rest)} of {len(have)} files', f'{c.still[key]:.6g} at every step', mend)
+            if k == 1 or 2*k < len(have): continue    # one value an episode, but not the same: a goal, say
+            if not any(key in c.may_rest for c in rest): yield Fault('(every file)', where, 'a dimension that moves', f'{top} at every step of {k} files', mend)
+            odd, expected = [c for c in rest if value[c.file] != top], f'{top}, as in {k} of {len(have)} files'
+        else: odd, expected = [c for c in rest if not _usual(c, key, have, value, counts)], f'a dimension that moves, as in {len(have)-len(rest)} of {len(have)} files'
+        yield from (Fault(c.file, where, expected, f'{value[c.file]} at every step', mend) for c in odd)
+
+# %% ../../nbs/data/09_doctor.ipynb #2e4c600e
+def _usual(chart, key, have, value, counts): # A chart; what rests in it; all charts; file -> value at rest; how many files rest at each
+    "Whether other episodes make it likely that nothing is broken"
+    name, d, v = key.split()[0], int(key.split()[1]), chart.still[key]
+    if key in chart.may_rest:
+        n = counts[value[chart.file]]
+        rows = [c.values[name][:,d] for c in have if name in c.values and value.get(c.file) != value[chart.file]]
+        near = rows and np.abs(np.concatenate(rows)-v) <= 1e-3*np.ptp(np.concatenate(rows))
+        return n >= 3 and 5*n >= len(have) or not rows or near.mean() >= .01
+    kin = [c for c in have if c.instruction == chart.instruction]
+    return any(n >= 3 and 5*n >= len(group) for group in (have, kin) for n in [sum(key in c.still for c in group)])
 
 # %% ../../nbs/data/09_doctor.ipynb #5a73418d
 def declared(folder:str|Path)->tuple[str,...]:
