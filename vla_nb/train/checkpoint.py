@@ -51,8 +51,9 @@ def prune(
         shutil.rmtree(gone)
 
 def sweep(out:str|Path):
-    "Remove what killed processes left: half-written and half-deleted checkpoints"
-    for p in Path(out).glob('.checkpoint-*'): shutil.rmtree(p, ignore_errors=True)
+    "Remove what killed processes left: half-written and half-deleted checkpoints and logs"
+    for p in Path(out).glob('.*'):
+        if re.match(r'\.+(checkpoint-|log\.jsonl\.)', p.name): shutil.rmtree(p) if p.is_dir() else p.unlink()
 
 # %% ../../nbs/train/04_checkpoint.ipynb #7f39f548
 def rng_state(device:torch.device)->Tensor: # uint8, on the CPU
