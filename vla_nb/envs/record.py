@@ -29,14 +29,16 @@ def demonstrate(
     seed:int, # Draws the scene, the words and the noise
     noise:float=.3, # Standard deviation of what is added to an executed action, in the action's units
     smooth:float=.6, # The noise's autoregression: 0 white, towards 1 a drift
+    push:int=10, # At the start the arm is led astray for 0 to this many steps
 )->Episode: # `success` says whether this very task was achieved
     "One episode of the scripted expert; what is executed is disturbed, what is recorded is not"
     obs = env.reset(seed, task)
     rng, e, images, state, action = np.random.default_rng([seed, env.tasks.index(task), 1]), np.zeros(env.action_dim), [], [], []
-    for _ in range(env.max_steps):
+    astray, way = rng.integers(push+1), np.array([0. if f'action {i}' in env.may_rest else rng.uniform(-1, 1) for i in range(env.action_dim)])
+    for t in range(env.max_steps + astray):
         e = smooth*e + noise*(1 - smooth**2)**.5*rng.standard_normal(env.action_dim)
         images.append(rearrange(obs.images[0], 'n c h w -> n h w c').numpy()); state.append(obs.state[0].numpy()); action.append(env.expert())
-        env.step(action[-1] + e)
+        env.step((way if t < astray else action[-1]) + e)
         if env.achieved(): break
         obs = env.observe()
     frames = rearrange(np.stack(images), 'l n h w c -> n l h w c')
@@ -58,8 +60,8 @@ def _env(): # Made at the first call, so that what goes wrong in the making reac
     return _worker['env']
 def _about(): return _env().tasks, _env().settings, tuple(_env().may_rest)
 
-def _one(path, task, seed, noise, smooth, compress, quality): # Whether the expert did it; if so, it is on the disk
-    ep = demonstrate(_env(), task, seed, noise, smooth)
+def _one(path, task, seed, noise, smooth, push, compress, quality): # Whether the expert did it; if so, it is on the disk
+    ep = demonstrate(_env(), task, seed, noise, smooth, push)
     if ep.success: write_episode(path, ep, compress, quality)
     return ep.success
 
@@ -90,6 +92,7 @@ def record(
     workers:int=2, # Processes; 0: this one
     noise:float=.3, # Standard deviation of the executed noise; at most .1 where something is grasped
     smooth:float=.6, # Its autoregression
+    push:int=10, # At the start the arm is led astray for 0 to this many steps; 0 where something could be knocked over
     compress:str|None='jpeg', # See `write_episode`
     quality:int=95, # Of the JPEGs
     progress:bool=True, # Show a progress bar
@@ -98,7 +101,7 @@ def record(
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), _start, (make_env,)) if workers else _Here(make_env)
     try:
         tasks, made_with, may_rest = pool.submit(_about).result()
-        folder, how = Path(folder), dict(noise=noise, smooth=smooth, compress=compress, quality=quality)
+        folder, how = Path(folder), dict(noise=noise, smooth=smooth, push=push, compress=compress, quality=quality)
         settings = dict(made_with, seed=seed, tasks=list(tasks), **how)
         folder.mkdir(parents=True, exist_ok=True)
         _check_folder(folder, settings)
