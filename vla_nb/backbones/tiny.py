@@ -1,4 +1,4 @@
-"""A vision-language model of a hundred thousand weights: the words steer where it looks, and what it finds there becomes tokens
+"""A vision-language model of three hundred thousand weights: the words steer where it looks, and what it finds there becomes tokens
 
 Docs: https://example.github.io/vla_nb/backbones/tiny.html.md"""
 
@@ -48,7 +48,7 @@ class Keypoints(nn.Module):
     ):
         super().__init__()
         self.learned, self.contrast = nn.Parameter(torch.randn(learned, channels)*channels**-.5), contrast
-        self.spoken = nn.Linear(cond_dim, spoken*channels)
+        self.spoken = nn.Linear(cond_dim, spoken*channels, bias=False)    # no bias: without words, no query
         self.slots = learned + spoken
 
     def forward(self,
@@ -80,7 +80,7 @@ class TinyBackbone(nn.Module):
     ):
         super().__init__()
         self.embed, self.place = nn.Embedding(vocab, width), nn.Parameter(torch.randn(max_words, width)*.02)
-        self.summary = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+        self.summary = nn.LayerNorm(width)    # a mean of several words is small; this gives it back its size
         self.patch = nn.Conv2d(3, channels, 8, stride=4, padding=2)
         self.stem = nn.ModuleList([FiLMBlock(channels, width, d) for d in dilations])
         self.keypoints = Keypoints(channels, width, learned, spoken)
