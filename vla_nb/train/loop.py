@@ -11,7 +11,7 @@ __all__ = ['scale_and_clip', 'Rows', 'Signals', 'Trainer', 'validate', 'save', '
 import math, signal, sys, threading, time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
