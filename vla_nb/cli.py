@@ -91,8 +91,9 @@ class Cache:
 
 def cache(c:Cache):
     from vla_nb.data.cache import build_cache
-    require_healthy(c.data)
-    build_cache(open_source(c.data), c.out, kind=c.kind, height=c.height, width=c.width)
+    source = open_source(c.data)
+    require_healthy(source)
+    build_cache(source, c.out, kind=c.kind, height=c.height, width=c.width)
     size = sum(p.stat().st_size for p in c.out.rglob('*') if p.is_file())
     print(f'wrote {c.out} ({size/2**20:.1f} MiB)\nnext: vla-nb train --data {c.out} --height {c.height} --width {c.width} --out outputs/run')
 
@@ -123,8 +124,9 @@ def only_one(out:Path): # A run's folder
 # %% ../nbs/04_cli.ipynb #561c1f10
 def build(c:Train): # -> policy, make_loader, validation batches
     "Everything that the loop needs, from a command's settings"
-    require_healthy(c.data)
-    windows, held_out = train_val(open_source(c.data), c.dataset, c.model.horizon)
+    source = open_source(c.data)
+    require_healthy(source)    # a packed cache was checked when it was made
+    windows, held_out = train_val(source, c.dataset, c.model.horizon)
     model = replace(c.model, cameras=len(windows.cameras))
     policy = POLICIES[c.policy].from_data(model, windows.instruction, cached_stats(windows, c.out), seed=c.train.seed)
     size = c.dataset.height, c.dataset.width

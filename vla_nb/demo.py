@@ -43,7 +43,7 @@ class Demo:
     quick:bool = False # Only try the mechanics: a few episodes and steps, no success to expect
 
     def sizes(self): # Episodes, steps and evaluation episodes
-        own = dict(buttons=(100, 3000), desk=(75, 6000))[self.suite]
+        own = dict(buttons=(100, 2500), desk=(75, 5000))[self.suite]
         return (3, 20, 1) if self.quick else (self.episodes or own[0], self.steps or own[1], self.eval_episodes)
 
 # %% ../nbs/03_demo.ipynb #6208707c
@@ -82,7 +82,8 @@ def record_phase(c:Demo):
 def train_command(c:Demo, name, *more): # The words of `vla-nb train` for one of the two
     e, steps, _ = c.sizes()
     return [sys.executable, '-m', 'vla_nb.cli', 'train', '--data', str(c.out/'data'), '--out', str(c.out/name), '--steps', str(steps),
-            '--seed', str(c.seed), '--resume', '--no-progress', *more]
+            '--seed', str(c.seed), '--lr', '3e-3', '--betas', '.9', '.999', '--weight-decay', '1e-3', '--warmup', '100' if steps > 100 else '1', '--ema', '.995',
+            '--resume', '--no-progress', *more]
 
 def steps_done(out:Path)->tuple[int, float]: # Last step in a run's log, and its loss
     try: last = [l for l in (out/'log.jsonl').read_text().splitlines() if '"loss"' in l][-1]

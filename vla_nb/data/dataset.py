@@ -10,7 +10,6 @@ __all__ = ['open_source', 'BlackFrames', 'Blind', 'DataConfig', 'train_val']
 # %% ../../nbs/data/10_dataset.ipynb #1ba5cbe6
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -26,9 +25,9 @@ def open_source(
     "Open a folder of demonstrations, whatever its format"
     folder = Path(folder)
     if not folder.is_dir(): raise FileNotFoundError(f'{folder}: expected a folder of demonstrations; found none. Record some: vla-nb record --out {folder}')
-    if (folder/'cache.json').exists(): return CacheSource(folder)
+    if (folder/'meta.json').exists(): return CacheSource(folder)
     if any(p.suffix in ('.hdf5', '.h5') and not p.name.startswith('.') for p in folder.iterdir()): return Hdf5Source(folder)
-    raise ValueError(f'{folder}: expected *.hdf5 episodes or a cache.json of `vla-nb cache`; found neither')
+    raise ValueError(f'{folder}: expected *.hdf5 episodes or a meta.json of `vla-nb cache`; found neither')
 
 # %% ../../nbs/data/10_dataset.ipynb #445b02a1
 @dataclass(frozen=True)
@@ -67,7 +66,6 @@ class DataConfig:
     width:int = 64 # And to this width
     val_fraction:float = .05 # Part of the episodes that is held out for validation
     split_seed:int = 0 # Which episodes those are
-    control:Literal['absolute', 'delta', 'relative'] = 'absolute' # Actions as stored, step to step, or from the current state
     blind:bool = False # Train without sight, every frame black: the baseline that shows whether pictures matter
 
 def train_val(
@@ -77,5 +75,5 @@ def train_val(
 )->tuple[Windows, Windows]: # Windows of the training episodes, and of those held out
     "Split a source by episode and cut it into windows"
     if cfg.blind: source = Blind(source)
-    def windows(idx): return Windows(Subset(source, idx), horizon, cameras=cfg.cameras or None, control=cfg.control)
+    def windows(idx): return Windows(Subset(source, idx), horizon, cameras=cfg.cameras or None)
     return tuple(windows(idx) for idx in split_episodes(len(source), cfg.val_fraction, cfg.split_seed))
