@@ -218,7 +218,7 @@ def train(
     finally:
         track.close()
         if hasattr(batches, 'close'): batches.close()
-        t.acc.unwrap_model(t.model, keep_fp32_wrapper=False)
+        t.acc.unwrap_model(t.model, keep_fp32_wrapper=False).__dict__.pop('forward', None)    # the policy leaves as it came
     if stop:
         s = signal.Signals(signals.received or signal.SIGTERM)
         if t.main: print(f'stopped by {s.name} after step {step} of {cfg.steps}; wrote {saved}; continue it with resume', file=sys.stderr)

@@ -88,5 +88,5 @@ class Track:
     def close(self):
         if not self.main: return
         self.out.close()
-        if self.wandb: self.wandb.finish(quiet=True)
+        if self.wandb: self.wandb.finish()
         if self.board: self.board.close()
