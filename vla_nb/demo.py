@@ -85,9 +85,9 @@ def train_command(c:Demo, name, *more): # The words of `vla-nb train` for one of
             '--seed', str(c.seed), '--lr', '3e-3', '--betas', '.9', '.999', '--weight-decay', '1e-3', '--warmup', '100' if steps > 100 else '1', '--ema', '.995',
             '--resume', '--no-progress', *more]
 
-def steps_done(out:Path)->tuple[int, float]: # Last step in a run's log, and its loss
+def steps_done(out:Path)->tuple[int, float|None]: # Last step in a run's log, and its loss
     try: last = [l for l in (out/'log.jsonl').read_text().splitlines() if '"loss"' in l][-1]
-    except (FileNotFoundError, IndexError): return 0, float('nan')
+    except (FileNotFoundError, IndexError): return 0, None    # not begun
     r = json.loads(last)
     return r['step'], r['loss']
 
@@ -103,7 +103,7 @@ def train_phase(c:Demo, names={'policy': (), 'blind': ('--blind',)}):
             time.sleep(1)
             for n,b in bars.items():
                 step, loss = steps_done(c.out/n)
-                b.set_postfix(loss=f'{loss:.4f}', refresh=False)
+                if loss is not None: b.set_postfix(loss=f'{loss:.4f}', refresh=False)
                 b.update(step - b.n)
     finally:
         for p in procs.values(): p.terminate()
