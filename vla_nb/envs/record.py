@@ -66,7 +66,7 @@ def _one(path, task, seed, noise, smooth, push, compress, quality): # Whether th
     return ep.success
 
 class _Here: # The same face as a pool of processes, in this one
-    def __init__(self, make_env): _start(make_env)
+    def __init__(self, make_env): _worker['make'] = make_env    # no `_start`: this process has a boss of its own, or none
     def submit(self, f, *args):
         done = Future()
         done.set_result(f(*args))
