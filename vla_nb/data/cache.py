@@ -17,7 +17,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..core import atomic_path, write_json
-from .episode import Episode, decode_frame, digest, encode_frame, jpeg_size
+from .episode import Episode, EpisodeSource, decode_frame, digest, encode_frame, jpeg_size
 from .images import decode_jpeg, fit
 from .loader import in_order, shrink
 
@@ -94,7 +94,7 @@ def build_cache(
     quality:int = 90, # Of the JPEGs, 4:4:4
     threads:int = 2, # That decode and encode
     progress:bool = True, # Show a bar
-)->'CacheSource': # The cache, open
+)->EpisodeSource: # The cache, open: a `CacheSource`
     "Pack a source. A cache of the same key is opened as it is; ValueError where the folder holds another"
     folder, key = Path(folder), cache_key(source, kind, height, width, quality)
     if folder.exists():
