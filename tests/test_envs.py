@@ -233,11 +233,11 @@ def test_metaworld_same_seed_same_episode():
 
 def test_aloha_transfers_and_repeats(tmp_path):
     from vla_nb.envs.aloha import Aloha
-    s = record(partial(Aloha, renderer='rays', size=16), tmp_path, episodes_per_task=2, seed=20, workers=0, noise=.01, progress=False)
+    s = record(partial(Aloha, renderer='rays', size=16), tmp_path, episodes_per_task=2, seed=20, workers=0, noise=.01, push=0, progress=False)
     assert s['expert'] == {'transfer': dict(n=2, k=2)}
     e = Hdf5Source(tmp_path).episode(0)
     assert e.action.shape[1] == e.state.shape[1] == 14 and e.fps == 50 and 200 < len(e) <= 400
-    again = demonstrate(Aloha(renderer='rays', size=16), 'transfer', 20, noise=.01)
+    again = demonstrate(Aloha(renderer='rays', size=16), 'transfer', 20, noise=.01, push=0)
     assert np.array_equal(again.action, e.action)
 
 

@@ -92,7 +92,7 @@ def record(
     workers:int=2, # Processes; 0: this one
     noise:float=.3, # Standard deviation of the executed noise; at most .1 where something is grasped
     smooth:float=.6, # Its autoregression
-    push:int=10, # At the start the arm is led astray for 0 to this many steps; 0 where something could be knocked over
+    push:int=10, # At the start the arm is led astray for 0 to this many steps; 0 where actions are joint positions or something could be knocked over
     compress:str|None='jpeg', # See `write_episode`
     quality:int=95, # Of the JPEGs
     progress:bool=True, # Show a progress bar

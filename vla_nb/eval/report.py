@@ -115,7 +115,7 @@ pre{background:var(--track);padding:.8rem 1rem;border-radius:.4rem;overflow-x:au
 # %% ../../nbs/eval/04_report.ipynb #9909e331
 def _table(rows): return '<table>' + ''.join(f'<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>' for k,v in rows.items()) + '</table>'
 
-def _clock(s): return f'{s/60:.0f} min {s%60:02.0f} s' if s >= 120 else f'{s:.1f} s'
+def _clock(s): return f'{int(s)//60} min {int(s)%60:02d} s' if s >= 120 else f'{s:.1f} s'
 
 def _phases(seconds):
     "Where the time went, as bars of their share"
