@@ -1,4 +1,4 @@
-# make demo    record demonstrations, train a policy on them, and measure it in closed loop (about 10 minutes on 2 cores)
+# make demo    record demonstrations, train a policy on them, and measure it in closed loop (less than 10 minutes on 2 cores)
 # make test    what CI runs: library in sync, every notebook, the docs site, the tests
 # make docs    build the site in _docs and say how to look at it
 # make lab     open the notebooks in JupyterLab

@@ -183,7 +183,7 @@ def demo(c:Demo):
     c.out.mkdir(parents=True, exist_ok=True)
     p, (episodes, steps, n), tasks = Phases(c), c.sizes(), len(SUITES[c.suite].tasks)
     print(f'{c.suite}: {tasks*episodes} demonstrations, {steps} steps for the policy and for its blind twin, {7*tasks*n} episodes of evaluation')
-    print('about 9 minutes on two cores; stop it whenever you like, the same command goes on\n' if not c.quick else '')
+    if not c.quick: print(f'about {dict(buttons=6, desk=15)[c.suite]} minutes on two cores; stop it whenever you like, the same command goes on\n')
     p.once('record', lambda: record_phase(c))
     p.once('train', lambda: train_phase(c))
     found = p.once('measure', lambda: measure_phase(c))
