@@ -34,7 +34,7 @@ def demonstrate(
     "One episode of the scripted expert; what is executed is disturbed, what is recorded is not"
     obs = env.reset(seed, task)
     rng, e, images, state, action = np.random.default_rng([seed, env.tasks.index(task), 1]), np.zeros(env.action_dim), [], [], []
-    astray, way = rng.integers(push+1), np.array([0. if f'action {i}' in env.may_rest else rng.uniform(-1, 1) for i in range(env.action_dim)])
+    astray, way = rng.integers(push+1), rng.uniform(-1, 1, env.action_dim)
     for t in range(env.max_steps + astray):
         e = smooth*e + noise*(1 - smooth**2)**.5*rng.standard_normal(env.action_dim)
         images.append(rearrange(obs.images[0], 'n c h w -> n h w c').numpy()); state.append(obs.state[0].numpy()); action.append(env.expert())

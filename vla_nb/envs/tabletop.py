@@ -88,7 +88,7 @@ SUITES = dict(
 class Tabletop:
     "A Sawyer arm at a table; the task is in the words, where to go is in the picture"
     cameras, action_dim, state_dim, fps, hold = ('front',), 4, 4, 20., 4
-    may_rest = ('action 3', 'state 3')    # pressing needs no fingers: their column may be constant in a recording
+    may_rest = (*(f'action {i}' for i in range(4)), 'state 3')    # a command may stay at its limit, and pressing needs no fingers
     def __init__(self,
         suite:str='buttons', # A name in `SUITES`
         renderer:str='auto', # 'auto', 'egl', 'osmesa' or 'rays'
