@@ -26,7 +26,7 @@ python docs/build.py
 
 step 'tests'
 python -m pytest -q -n 2 --dist worksteal -p no:cacheprovider 2>&1 | tee "$log"
-tests=$(sed -nE 's/.* ?([0-9]+) passed.*/\1/p' "$log" | tail -1)
+tests=$(grep -oE '[0-9]+ passed' "$log" | tail -1 | cut -d' ' -f1)
 
 step 'done'
 echo "notebooks: $notebooks passed, 0 failed"
