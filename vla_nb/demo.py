@@ -43,7 +43,7 @@ class Demo:
     quick:bool = False # Only try the mechanics: a few episodes and steps, no success to expect
 
     def sizes(self): # Episodes, steps and evaluation episodes
-        own = dict(buttons=(100, 2500), desk=(75, 5000))[self.suite]
+        own = dict(buttons=(100, 2500), desk=(75, 4500))[self.suite]
         return (3, 20, 1) if self.quick else (self.episodes or own[0], self.steps or own[1], self.eval_episodes)
 
 # %% ../nbs/03_demo.ipynb #6208707c
