@@ -12,7 +12,7 @@ __all__ = ['Observation', 'Samples', 'Batch', 'Losses', 'masked_mean', 'fold_see
 # %% ../nbs/00_core.ipynb #c8a17ace
 import json, os, shutil
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch

@@ -10,7 +10,6 @@ __all__ = ['Demo', 'Phases', 'seeds', 'make_env', 'record_phase', 'train_command
 
 # %% ../nbs/03_demo.ipynb #9637b465
 import json, subprocess, sys, time
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
