@@ -123,6 +123,7 @@ class Policy(nn.Module):
     "Images, words and state in; a chunk of actions out"
     name:str = '' # What `config.json` and the command line call it
     Config:type = None # The frozen dataclass of its settings
+    speaks:bool = False # It says in words what it does next, and learns that from the recorded subtasks
 
     def __init__(self, config, stats, tokenizer=None):
         super().__init__()
