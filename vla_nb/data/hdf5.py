@@ -137,7 +137,7 @@ def read_numbers(f, path)->dict: # An open file; its name for messages
         if k in f.attrs: low[k] = kind(f.attrs[k])
     return low
 
-# %% ../../nbs/data/02_hdf5.ipynb #cd7a903d
+# %% ../../nbs/data/02_hdf5.ipynb #85b21cd0
 def find_episodes(folder:str|Path)->list[Path]:
     "The `.hdf5` and `.h5` files of a folder and its subfolders, in natural order; unfinished (dotted) names left out"
     folder = Path(folder)
@@ -151,6 +151,7 @@ def files_digest(paths, names, *parts): # Files; what to call them; what else th
         with open(p, 'rb') as f: parts += [n, (s := os.fstat(f.fileno())).st_size, s.st_mtime_ns, f.read(4096)]
     return digest(*parts)
 
+# %% ../../nbs/data/02_hdf5.ipynb #a427ca69
 class Hdf5Source:
     "A folder (or a list) of HDF5 episodes"
     def __init__(self,
@@ -163,8 +164,10 @@ class Hdf5Source:
         self.folder = Path(files) if one else None
         self.paths = find_episodes(files) if one else [Path(p) for p in files]
         if not self.paths: raise ValueError(f'{files}: episodes: expected *.hdf5 files, found none; record some, or name another folder')
-        self.color_order, self.handles, self._low = color_order, Handles(open_files), {}
-        self.cameras = tuple(cameras or self.handles.read(self.paths[0], self._names))
+        self.color_order, self.handles, self._low, self.named = color_order, Handles(open_files), {}, cameras
+
+    @cached_property
+    def cameras(self): return tuple(self.named or self.handles.read(self.paths[0], self._names))
 
     def _names(self, f):
         have = list(f.get('observations/images', []))

@@ -169,7 +169,8 @@ class Loader:
         drop_last:bool = True, # False: an epoch's last batch may be smaller, and missing on some processes
     ):
         self.windows, self.prepare, self.seed, self.start_step, self.steps, self.threads = windows, prepare, seed, start_step, steps, threads
-        self.order = Order(len(windows), batch_size, seed, rank, world, shuffle, drop_last)
+        self.order = (windows.order(batch_size, seed, rank, world, drop_last) if shuffle and hasattr(windows, 'order')    # a weighted mixture's own
+            else Order(len(windows), batch_size, seed, rank, world, shuffle, drop_last))
         self.read = ImageReader(windows.source, windows.cameras)
         self.slabs = Slabs((batch_size, len(windows.cameras), *size, 3))
     def __len__(self): return self.order.steps
