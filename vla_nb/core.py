@@ -6,8 +6,8 @@ Docs: https://example.github.io/vla_nb/core.html.md"""
 
 # %% auto #0
 __all__ = ['Observation', 'Samples', 'Batch', 'Losses', 'masked_mean', 'fold_seed', 'draw_uniform', 'draw_normal', 'ParamGroup',
-           'Actions', 'Policy', 'fsync_dir', 'atomic_path', 'write_json', 'save_pretrained', 'read_config',
-           'from_pretrained']
+           'Actions', 'Policy', 'fsync_dir', 'atomic_path', 'write_json', 'write_weights', 'read_weights',
+           'save_pretrained', 'read_config', 'from_pretrained']
 
 # %% ../nbs/00_core.ipynb #c8a17ace
 import json, os, shutil
@@ -95,7 +95,8 @@ def draw_uniform(
     "Uniform numbers that depend on each sample's seed alone"
     n = torch.Size(shape).numel()
     z = _mix(fold_seed(seed, stream)[:,None]*-0x61c8864680b583eb + torch.arange(n, device=seed.device)*-0x61c8864680b583eb)
-    return ((_shr(z, 40).float() + .5) / 2**24).reshape(len(seed), *shape)
+    u = (_shr(z, 40).float() + .5) / 2**24
+    return u.clamp(max=1-2**-24).reshape(len(seed), *shape)    # fp32 would round the largest to 1
 
 def draw_normal(seed, *shape, stream=0):
     "Standard normal numbers, `(b, *shape)`, that depend on each sample's seed alone"
@@ -160,17 +161,18 @@ def atomic_path(
 ): # Yields the temporary path to write to, in the same folder
     "Write a file or a folder whole or not at all"
     path = Path(path)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    tmp, old = (path.with_name(f'.{path.name}.{os.getpid()}.{end}') for end in ('tmp', 'old'))
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield tmp
         for p in ([q for q in tmp.rglob('*') if q.is_file()] if tmp.is_dir() else [tmp]):
             with open(p, 'rb') as f: os.fsync(f.fileno())
         if tmp.is_dir():
-            fsync_dir(tmp)
-            if path.exists(): shutil.rmtree(path)
+            for p in (tmp, *filter(Path.is_dir, tmp.rglob('*'))): fsync_dir(p)
+            if path.exists(): os.replace(path, old)    # a folder cannot be replaced in one step
         os.replace(tmp, path)
         fsync_dir(path.parent)
+        if old.exists(): shutil.rmtree(old) if old.is_dir() else old.unlink()
     finally:
         if tmp.is_dir(): shutil.rmtree(tmp)
         elif tmp.exists(): tmp.unlink()
@@ -180,15 +182,35 @@ def write_json(path, obj):
     with atomic_path(path) as tmp: tmp.write_text(json.dumps(obj, indent=1) + '\n')
     return Path(path)
 
-# %% ../nbs/00_core.ipynb #a36b2030
+# %% ../nbs/00_core.ipynb #7f37b4ee
+def write_weights(
+    folder:str|Path, # An existing folder
+    weights:dict[str, Tensor], # By name; names that share one tensor are stored once
+    shard:int = 5_000_000_000, # Largest file, bytes
+):
+    "Write `model.safetensors`, or numbered files of that name and their index where it would be larger than a shard"
+    from huggingface_hub import save_torch_state_dict
+    save_torch_state_dict(weights, folder, max_shard_size=shard)
+
+def read_weights(folder:str|Path)->dict[str, Tensor]: # By name, on the CPU
+    "Read what `write_weights`, or any library of this format, has written"
+    from safetensors import safe_open
+    index, weights, same = Path(folder)/'model.safetensors.index.json', {}, {}
+    for name in sorted(set(json.loads(index.read_text())['weight_map'].values())) if index.exists() else ['model.safetensors']:
+        if not (file := Path(folder)/name).exists(): raise FileNotFoundError(f'{folder}: expected {name}, found none; copy the folder again, all of it')
+        with safe_open(file, 'pt') as f:
+            weights |= {k: f.get_tensor(k) for k in f.keys()}
+            same |= f.metadata() or {}
+    return weights | {k: weights[v] for k,v in same.items() if v in weights}
+
+# %% ../nbs/00_core.ipynb #8ccaecda
 def save_pretrained(policy:Policy, folder:str|Path)->Path:
     "Write a policy's self-contained folder, whole or not at all"
-    from safetensors.torch import save_file
     with atomic_path(folder) as tmp:
         tmp.mkdir()
         write_json(tmp/'config.json', dict(policy=policy.name, **asdict(policy.config)))
         write_json(tmp/'stats.json', policy.stats)
-        save_file({k: v.contiguous() for k,v in policy.state_dict().items()}, tmp/'model.safetensors')
+        write_weights(tmp, policy.state_dict())
         if policy.tokenizer is not None: policy.tokenizer.save_pretrained(tmp/'tokenizer')
     return Path(folder)
 
@@ -203,14 +225,13 @@ def read_config(cls, folder:str|Path):
 
 def from_pretrained(cls, folder:str|Path, device='cpu')->Policy:
     "Read the folder that `save_pretrained` wrote; every tensor must be there and fit"
-    from safetensors.torch import load_file
     folder, tok = Path(folder), None
-    if not (folder/'config.json').exists(): raise FileNotFoundError(f'{folder}: expected a policy folder with config.json; found none')
+    if not (folder/'config.json').exists(): raise FileNotFoundError(f'{folder}: expected a policy folder with config.json; found none; name a checkpoint of a run')
     if (folder/'tokenizer').exists():
         from transformers import AutoTokenizer
         tok = AutoTokenizer.from_pretrained(folder/'tokenizer', local_files_only=True)
     policy = cls(read_config(cls, folder), json.loads((folder/'stats.json').read_text()), tok)
-    policy.load_state_dict(load_file(folder/'model.safetensors'))
+    policy.load_state_dict(read_weights(folder))
     return policy.to(device).eval()
 
 Policy.save_pretrained, Policy.from_pretrained = save_pretrained, classmethod(from_pretrained)
