@@ -219,8 +219,8 @@ def test_short_episodes_are_not_blamed_for_standing_still(tmp_path):
 
 def test_a_verdict_is_kept_until_a_file_changes(data, monkeypatch):
     from vla_nb.data import doctor
-    calls, real = [], doctor.check
-    monkeypatch.setattr(doctor, 'check', lambda *a, **k: calls.append(1) or real(*a, **k))
+    calls, real = [], doctor._judge
+    monkeypatch.setattr(doctor, '_judge', lambda *a, **k: calls.append(1) or real(*a, **k))
     src = Hdf5Source(data)
     for d in (data, str(data), src, Subset(src, [0, 1]), Windows(Subset(src, [0, 1]), 4)): require_healthy(d)
     assert len(calls) == 1

@@ -169,7 +169,8 @@ class Subset:
         self.source, self.idx = source, np.asarray(idx, dtype=np.int64)
         if len(self.idx) and not (0 <= self.idx.min() <= self.idx.max() < len(source)):
             raise ValueError(f'idx: expected 0 to {len(source)-1}, found {self.idx.min()} to {self.idx.max()}')
-        self.cameras = source.cameras
+    @property
+    def cameras(self): return self.source.cameras
     def __len__(self): return len(self.idx)
     def episode(self, i): return self.source.episode(int(self.idx[i]))
     def lengths(self): return self.source.lengths()[self.idx]

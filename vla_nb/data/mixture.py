@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from fnmatch import fnmatch
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 import numpy as np, torch
@@ -83,12 +84,15 @@ class Mixture:
         if self.weights and (len(self.weights) != len(sources) or not all(0 < w < np.inf for w in self.weights)):
             raise ValueError(f'sample_weights: expected {len(sources)} positive numbers, one for each of {list(self.names)}, found {list(weights)}; leave a folder out instead of weighing it 0')
         if odd := [n for n in self.train_only if n not in sources]: raise ValueError(f'train_only: expected some of {list(self.names)}, found {odd}')
-        self.cameras = tuple(cameras or self.sources[0].cameras)
-        for n,s in sources.items():
-            miss, more = [c for c in self.cameras if c not in s.cameras], [c for c in s.cameras if c not in self.cameras]
-            if miss or more and not cameras: raise ValueError(f'{n}: cameras: expected {list(self.cameras)}' + ('' if cameras else f' as in {self.names[0]}') + f', found {list(s.cameras)}; name those that all have in camera_names')
-        self.bounds = np.cumsum([0, *map(len, self.sources)])
+        self.bounds, self.named = np.cumsum([0, *map(len, self.sources)]), tuple(cameras)
 
+    @cached_property
+    def cameras(self): # Late, so that the doctor can look at folders that do not fit together
+        have = self.named or tuple(self.sources[0].cameras)
+        for n,s in zip(self.names, self.sources):
+            miss, more = set(have)-set(s.cameras), set(s.cameras)-set(have)
+            if miss or more and not self.named: raise ValueError(f'{n}: cameras: expected {list(have)}' + ('' if self.named else f' as in {self.names[0]}') + f', found {list(s.cameras)}; name those that all have in camera_names')
+        return have
     def member(self, i): return np.searchsorted(self.bounds, i, 'right') - 1    # which source episode `i` is of; arrays too
     def _at(self, i):
         g = int(self.member(i))
