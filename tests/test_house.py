@@ -14,6 +14,7 @@ below = {  # room -> the rooms that it may import
     'core': set(), 'data': {'core'}, 'text': {'core'}, 'layers': {'core'}, 'objectives': {'core'},
     'backbones': {'core', 'layers'}, 'heads': {'core', 'layers'},
     'policies': {'core', 'data', 'text', 'layers', 'objectives', 'backbones', 'heads'},
+    'replay': {'core', 'data', 'text', 'layers', 'objectives', 'backbones', 'heads', 'policies'},
     'train': {'core', 'data'}, 'envs': {'core', 'data'}, 'eval': {'core', 'envs'}, 'serve': {'core'}, 'viz': {'core', 'data'},
 }
 no_networks = {'data', 'objectives'}

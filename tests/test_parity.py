@@ -1,8 +1,8 @@
-"""Parity: recordings of the original ScaleDP and FiLM are replayed, and spoilt copies of them are refused.
+"""Parity: recordings of the originals are replayed, and spoilt copies of them are refused.
 
-`fixtures/film.pt` is a recording as it is. `fixtures/scaledp_seeded.pt` is one whose weights (10 MB) are replaced by the seed
-that made them: `seeded_weights` gives them back bit for bit. The recordings of other sizes are made here, by our own
-modules: they show that parity follows a file's config and shapes, not that we equal the original at those sizes.
+`fixtures/film.pt` and `fixtures/dexvla_dataset.pt` are recordings as they are. In the `…_seeded.pt` the weights (up to 24 MB)
+are replaced by the seed that made them: `seeded_weights` gives them back bit for bit. The recordings of other sizes are made
+here, by our own modules: they show that parity follows a file's config and shapes, not that we equal the original at those sizes.
 """
 from pathlib import Path
 
@@ -12,9 +12,11 @@ from einops import rearrange, reduce, repeat
 from vla_nb import parity as P
 from vla_nb.core import masked_mean
 from vla_nb.heads.scaledp import PooledScaleDP, ScaleDP
+from vla_nb.heads.unet1d import UNet1D, sin_cos_bf16
 from vla_nb.layers.embed import sinusoid, sinusoid_bf16
 from vla_nb.layers.film import FusionFiLM, windows_dexvla
 from vla_nb.objectives.diffusion import ddim_path, squared_cosine
+from vla_nb.replay import recording as R
 
 fixtures = Path(__file__).parent/'fixtures'
 
@@ -23,7 +25,7 @@ fixtures = Path(__file__).parent/'fixtures'
 def original():
     "The original's recording, whole again"
     rec = torch.load(fixtures/'scaledp_seeded.pt', weights_only=True)
-    for k in ('state_dict', 'state_dict_tinyvla'): rec[k] = P.seeded_weights(rec[k]['shapes'], rec[k]['seed'])
+    for k in ('state_dict', 'state_dict_tinyvla'): rec[k] = R.seeded_weights(rec[k]['shapes'], rec[k]['seed'], std=.5)
     return rec
 
 
@@ -112,7 +114,7 @@ def record_scaledp(seed, b, a, p, d, horizon, n, depth, heads, mlp_ratio, draws,
     "A recording of our own head, at any size"
     args = dict(action_dim=a, state_dim=p, cond_dim=d, horizon=horizon, width=n, depth=depth, heads=heads, mlp_ratio=mlp_ratio, combine_width=combine)
     head, pooled, f32 = ScaleDP(**args, encode_time=sinusoid_bf16), PooledScaleDP(**args, encode_time=sinusoid_bf16), ScaleDP(**args)
-    ws = [P.seeded_weights({k: v.shape for k,v in m.named_parameters()}, seed+i) for i,m in enumerate((head, pooled))]
+    ws = [R.seeded_weights({k: v.shape for k,v in m.named_parameters()}, seed+i, std=.5) for i,m in enumerate((head, pooled))]
     for m,w in zip((head, pooled, f32), (*ws, ws[0])): m.load_state_dict(w)
     g = torch.Generator().manual_seed(seed)
     r = lambda *s: torch.randn(*s, generator=g)
@@ -158,7 +160,7 @@ def test_other_sizes_are_followed(sizes, tmp_path):
 @pytest.mark.parametrize('d', [8, 40])
 def test_film_of_other_widths(d, tmp_path):
     fuse, g = FusionFiLM(d), torch.Generator().manual_seed(d)
-    w = P.seeded_weights({k: v.shape for k,v in fuse.named_parameters()}, d)
+    w = R.seeded_weights({k: v.shape for k,v in fuse.named_parameters()}, d)
     fuse.load_state_dict(w)
     ids, hidden = torch.arange(100, 111).repeat(4, 1), torch.randn(4, 11, d, generator=g, requires_grad=True)
     ids[1,:3] = 151643
@@ -171,3 +173,94 @@ def test_film_of_other_widths(d, tmp_path):
     assert not failed(saved(tmp_path, rec))
     rec['init_state_dict_film_is_zero'] = torch.tensor(False)
     assert failed(saved(tmp_path, rec)) == ['init_state_dict_film_is_zero']
+
+
+@pytest.fixture
+def unet():
+    "The original's recording, whole again"
+    rec = torch.load(fixtures/'unet1d_seeded.pt', weights_only=True)
+    rec['state_dict'] = R.seeded_weights(rec['state_dict']['shapes'], rec['state_dict']['seed'])
+    return rec
+
+
+def test_unet_equals_the_original(unet, tmp_path):
+    rows = {r.name: r for r in P.check(saved(tmp_path, unet))}
+    assert not [r for r in rows.values() if not r.ok] and max(r.diff for r in rows.values()) < 1e-5
+    assert {'y', 'sample', 'sinusoid_bf16'} <= set(rows)
+
+
+@pytest.mark.parametrize('name', ['norm_after_pool.bias', 'combine.weight', 'mid_modules.1.cond_encoder.1.bias', 'diffusion_step_encoder.3.weight',
+    'up_modules.1.0.residual_conv.weight', 'up_modules.0.2.conv.weight', 'down_modules.0.2.conv.bias', 'final_conv.0.block.1.weight'])
+def test_one_changed_unet_weight_fails(unet, tmp_path, name):
+    unet['state_dict'][name].view(-1)[0] += .01
+    assert 'y' in failed(saved(tmp_path, unet))
+
+
+@pytest.mark.parametrize('widths,kernel,time_dim,horizon,a', [((8, 16), 3, 8, 6, 3), ((8, 8, 24, 16), 5, 12, 16, 9), ((16,), 5, 4, 5, 2)])
+def test_unets_of_other_sizes(tmp_path, widths, kernel, time_dim, horizon, a):
+    head = UNet1D(a, 4, 12, horizon, widths, time_dim, kernel, encode_time=sin_cos_bf16)
+    w = R.seeded_weights({k: v.shape for k,v in head.named_parameters()}, 3)
+    head.load_state_dict(w)
+    g = torch.Generator().manual_seed(0)
+    r = lambda *s: torch.randn(*s, generator=g)
+    i = dict(x=r(3, horizon, a), t=torch.tensor([0, 5, 49]), cond=r(3, 1, 12), states=r(3, 4), noise0=r(2, horizon, a))
+    with torch.no_grad():
+        c = head.condition(i['cond'][:2,0], i['states'][:2])
+        *_,sample = ddim_path(lambda x,t: head.denoise(x, t, c), squared_cosine(50), i['noise0'], 10)
+        rec = dict(kind='unet1d', state_dict=w, inputs=i, y=head(i['x'], i['t'], i['cond'][:,0], i['states']), sample=sample, sinusoid_bf16=sin_cos_bf16(torch.arange(50), time_dim))
+    assert not failed(saved(tmp_path, rec))
+    rec['inputs']['noise0'][0,0,0] += .1
+    assert failed(saved(tmp_path, rec)) == ['sample']
+
+
+@pytest.fixture
+def dataset(): return torch.load(fixtures/'dexvla_dataset.pt', weights_only=True)
+
+
+def test_dataset_equals_the_original(dataset):
+    rows = {r.name: r for r in P.check(fixtures/'dexvla_dataset.pt')}
+    assert not [r for r in rows.values() if not r.ok] and max(r.diff for r in rows.values()) < 1e-6
+    assert {f'sim{s}_delta{d}/{k}' for s in (0, 1) for d in (0, 1) for k in ('action', 'is_pad', 'state', 'image')} | {'stats/action_std'} <= set(rows)
+
+
+@pytest.mark.parametrize('case,key,at', [('sim0_delta0', 'action', (3, 2, 0)), ('sim1_delta1', 'action', (20, 4, 3)), ('sim0_delta1', 'is_pad', (0, 0)),
+    ('sim1_delta0', 'state', (5, 2)), ('sim0_delta0', 'image', (7, 1, 2, 3, 4)), ('sim1_delta1', 'reasoning', 4)])
+def test_every_field_of_a_sample_counts(dataset, tmp_path, case, key, at):
+    v = dataset[case][key]
+    if key == 'reasoning': v[at] = 'another step'
+    else: v[at] = v[at] + 1 if v.dtype == torch.uint8 else ~v[at] if v.dtype == torch.bool else v[at]*1.001 + .001
+    assert failed(saved(tmp_path, dataset)) == [f'{case}/{key}']
+
+
+def test_a_changed_episode_or_statistic_fails(dataset, tmp_path):
+    dataset['stats']['action_min'][0] -= 1e-4    # the margin, forgotten
+    assert failed(saved(tmp_path, dataset)) == ['stats/action_min']
+    dataset['raw'][1]['qpos'][2,1] += .01
+    assert {'stats/qpos_mean', 'stats/example_qpos', 'sim0_delta0/state'} <= set(failed(saved(tmp_path, dataset)))
+
+
+def test_datasets_of_other_sizes(dataset, tmp_path):
+    "Three episodes of other lengths and dimensions, by a loop over samples as the original's reader works"
+    g = torch.Generator().manual_seed(0)
+    raw = [dict(action=torch.randn(n, 3, generator=g).double(), qpos=torch.randn(n, 2, generator=g).double(),
+        images={'top': torch.randint(0, 256, (n, 8, 10, 3), generator=g, dtype=torch.uint8)}) for n in (4, 7, 5)]
+    a, q = torch.cat([e['action'] for e in raw]), torch.cat([e['qpos'] for e in raw])
+    lo, hi, std = a.amin(0)-1e-4, a.amax(0)+1e-4, q.std(0).clamp(min=1e-2)
+    rec = dict(kind='dexvla_dataset', raw=raw, stats=dict(action_min=lo.float(), action_max=hi.float(), qpos_mean=q.mean(0).float(), qpos_std=std.float()))
+    for sim in (0, 1):
+        for delta in (0, 1):
+            items = [sample(e, t, sim, delta, 3) for e in raw for t in range(len(e['action']))]
+            act, pad, state, image, said = zip(*items)
+            rec[f'sim{sim}_delta{delta}'] = dict(action=((torch.stack(act)-lo)/(hi-lo)*2-1).float(), is_pad=torch.stack(pad), state=((torch.stack(state)-q.mean(0))/std).float(),
+                image=torch.stack(image)[:,None], reasoning=list(said), raw_lang='go')
+    assert not failed(saved(tmp_path, rec))
+
+
+def sample(e, t, sim, delta, chunk):
+    a, buffer, pad = e['action'][t if sim else max(0, t-1):], torch.zeros(20, e['action'].shape[1]).double(), torch.zeros(20, dtype=torch.bool)
+    pad[len(a):] = True
+    rows = a.diff(dim=0) if delta else a
+    buffer[:len(rows)] = rows
+    x = e['images']['top'][t].float()
+    half = ((x[::2,::2] + x[1::2,::2] + x[::2,1::2] + x[1::2,1::2])/4 + .5).floor().to(torch.uint8)
+    return buffer[:chunk], pad[:chunk], e['qpos'][t], rearrange(half, 'h w c -> c h w'), f'step {t}'
