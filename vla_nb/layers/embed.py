@@ -11,7 +11,7 @@ __all__ = ['sinusoid', 'sinusoid_bf16', 'TimeEmbedding', 'position_2d']
 import math
 
 import torch
-from einops import rearrange, repeat
+from einops import repeat
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 

@@ -87,6 +87,7 @@ class DexVLA(Policy):
         super().__init__(config, stats, tokenizer)
         c, self.action_dim = config, len(stats['action']['mean'])
         if tokenizer is None: raise ValueError('tokenizer: expected one, found None; DexVLA.from_data makes it from the instructions')
+        if c.prediction not in ('epsilon', 'sample'): raise ValueError(f"prediction: expected 'epsilon' or 'sample', found {c.prediction!r}")
         self.state_norm, self.action_norm = zscore(stats['state']), minmax(stats['action'])
         self.backbone = TinyBackbone(len(tokenizer), c.width, c.channels, c.dilations, c.learned, c.spoken, c.mixer_depth, cameras=c.cameras, max_words=tokenizer.model_max_length)
         self.fusion = FusionFiLM(c.width)
