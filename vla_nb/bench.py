@@ -10,7 +10,7 @@ __all__ = ['texture', 'panning', 'pil_letterbox', 'jpeg_folder', 'write_parquet'
            'bench_data', 'goals', 'data_table']
 
 # %% ../nbs/02_bench.ipynb #c1eecf3a
-import importlib.util, io, json, math, os, platform, subprocess, tempfile, time
+import importlib.util, io, math, os, platform, subprocess, tempfile, time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,10 @@ from tqdm.auto import tqdm
 
 from .core import Batch, write_json
 from .data.cache import build_cache
-from .data.episode import ArraySource, Episode, JpegFrames
+from .data.episode import Episode, JpegFrames
 from .data.hdf5 import Hdf5Source, write_episode
 from .data.images import fit, psnr
-from .data.loader import ImageReader, Loader, Order
+from .data.loader import Loader, Order
 from .data.windows import Windows
 
 # %% ../nbs/02_bench.ipynb #ae3e1476
@@ -266,7 +266,7 @@ def goals(
         asked, loader = at[f'{name}, asked'], at[f'{name}, loader']
         lost = float(np.median(1-rates[:,loader]/rates[:,asked]))
         for what,goal,found,ok in (('times the best peer', ratio, rows[asked]['ratio'], rows[asked]['ratio'] >= ratio),
-            ('dB against PIL', db, rows[asked]['psnr_db'], db is None or rows[asked]['psnr_db'] >= db), ('share lost on the way', .1, round(lost, 3), lost <= .1)):
+            ('dB against PIL', db, rows[asked]['psnr_db'], db is None or (rows[asked]['psnr_db'] or math.inf) >= db), ('share lost on the way', .1, round(lost, 3), lost <= .1)):
             if goal is not None: made.append(dict(name=name, what=what, goal=goal, found=found, met=bool(ok)))
     return made
 

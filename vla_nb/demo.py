@@ -6,7 +6,7 @@ Docs: https://example.github.io/vla_nb/demo.html.md"""
 
 # %% auto #0
 __all__ = ['Demo', 'Phases', 'seeds', 'make_env', 'record_phase', 'train_command', 'steps_done', 'train_phase', 'counts',
-           'measure_phase', 'table_rows', 'commit', 'write_result', 'report_phase', 'demo']
+           'measure_phase', 'table_rows', 'write_result', 'report_phase', 'demo']
 
 # %% ../nbs/03_demo.ipynb #9637b465
 import json, subprocess, sys, time
@@ -19,6 +19,7 @@ from typing import Literal
 import numpy as np
 from tqdm.auto import tqdm
 
+from .bench import where
 from .core import write_json
 from .envs.record import record
 from .envs.tabletop import SUITES, Tabletop
@@ -95,19 +96,20 @@ def train_phase(c:Demo, names={'policy': (), 'blind': ('--blind',)}):
     procs = {}
     for n,more in names.items():
         (c.out/n).mkdir(parents=True, exist_ok=True)
-        procs[n] = subprocess.Popen(train_command(c, n, *more), stdout=open(c.out/n/'stdout.txt', 'a'), stderr=subprocess.STDOUT)
+        with open(c.out/n/'stdout.txt', 'a') as f: procs[n] = subprocess.Popen(train_command(c, n, *more), stdout=f, stderr=subprocess.STDOUT)
     bars = {n: tqdm(total=c.sizes()[1], desc=f'train {n}', unit='step', position=i) for i,n in enumerate(names)}
     try:
-        while any(p.poll() is None for p in procs.values()):
+        while None in (codes := [p.poll() for p in procs.values()]) and not any(codes):    # until all are done or one has failed
             time.sleep(1)
             for n,b in bars.items():
                 step, loss = steps_done(c.out/n)
                 if loss is not None: b.set_postfix(loss=f'{loss:.4f}', refresh=False)
                 b.update(step - b.n)
+        bad = [n for n,p in procs.items() if p.returncode]
     finally:
         for p in procs.values(): p.terminate()
+        for p in procs.values(): p.wait()    # a stopped one writes its checkpoint first
         for b in bars.values(): b.close()
-    bad = [n for n,p in procs.items() if p.wait()]
     if bad: raise RuntimeError(f'training of {bad[0]} stopped:\n' + '\n'.join((c.out/bad[0]/'stdout.txt').read_text().splitlines()[-15:]))
     return True
 
@@ -145,16 +147,12 @@ def table_rows(found:dict)->dict[str, Success]: # What `measure_phase` found
             'scrambled instruction': Success(**a['scrambled_instruction']),
             '… followed the spoken one': one('followed_the_spoken_instruction')}
 
-def commit()->str: # Of the checkout that the library runs from
-    "The commit that is checked out, or 'unknown' outside a checkout"
-    r = subprocess.run(['git', '-C', str(Path(__file__).parent), 'rev-parse', 'HEAD'], capture_output=True, text=True)
-    return r.stdout.strip() or 'unknown'
-
 def write_result(c:Demo, phases:Phases)->dict:
     "Write `result.json`; returns what is in it"
-    s = phases.state['seconds']
+    s, machine = phases.state['seconds'], where()
     found = {k: v for k,v in phases.state['found']['measure'].items() if k != 'films'}
-    result = dict(found, seconds_total=round(sum(s.values()), 1), seconds_by_phase=s, commit=commit(), seed=c.seed, suite=c.suite,
+    result = dict(found, seconds_total=round(sum(s.values()), 1), seconds_by_phase=s, seed=c.seed, suite=c.suite,
+                  seeds=[seeds(c.sizes()[2])[i] for i in (0, -1)], commit=machine['commit'] or 'unknown', hardware='{cpu}, {cores} cores'.format(**machine['hardware']),
                   renderer=phases.state['found']['record']['settings']['renderer'], quick=c.quick)
     write_json(c.out/'result.json', result)
     return result
@@ -173,7 +171,7 @@ def report_phase(c:Demo, result:dict, captions:dict[str, str])->Path: # The HTML
                'Learning': loss_curves(log, ['loss', 'val/loss'], title='Held-out loss falls with the training loss', smooth=.9)}
     films = {told: c.out/'films'/f'{name}.gif' for name,told in captions.items()}
     at = write_report(c.out/'report.html', result, films, figures, settings={k: str(v) for k,v in asdict(c).items()}, title=f'vla_nb demo: {c.suite}',
-        chance=1/len(result['success']), commands=[f'vla-nb eval {c.out}/policy --suite {c.suite} --seed 200000', f'vla-nb demo --suite desk --out outputs/desk', 'make lab'])
+        chance=1/len(result['success']), commands=[f'vla-nb eval {c.out}/policy --suite {c.suite} --seed 200000', 'vla-nb demo --suite desk --out outputs/desk', 'make lab'])
     plt.close('all')
     return at
 
