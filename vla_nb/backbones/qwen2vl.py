@@ -7,19 +7,17 @@ Docs: https://example.github.io/vla_nb/backbones/qwen2vl.html.md"""
 # %% auto #0
 __all__ = ['tiny_config', 'qwen2vl_2b', 'qwen25vl_3b', 'stock_class', 'Qwen2VL', 'forward', 'answer_loss', 'Spoken', 'generate']
 
-# %% ../../nbs/backbones/03_qwen2vl.ipynb #6d9fccba
-from pathlib import Path
+# %% ../../nbs/backbones/03_qwen2vl.ipynb #2da9a62c
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .patches import Budget, budget, mrope_positions, to_patches
 
-# %% ../../nbs/backbones/03_qwen2vl.ipynb #d5bb67c6
+# %% ../../nbs/backbones/03_qwen2vl.ipynb #e3c708de
 def tiny_config(
     vocab:int, # Entries of the tokenizer
     image_id:int, # Its `<|image_pad|>`
@@ -30,19 +28,23 @@ def tiny_config(
     vision_width:int = 96, # Width of the vision tower
     vision_depth:int = 2, # Its blocks
     vision_heads:int = 4, # Its attention heads
+    vision_ratio:int = 4, # Hidden width of its MLP, times its width
     patch:int = 8, # Side of a patch, pixels
     merge:int = 2, # A token is merge x merge patches
+    init:float = .1, # Standard deviation of the first weights
 ): # A real `Qwen2VLConfig`
     "A Qwen2-VL that trains on a CPU"
     from transformers import Qwen2VLConfig
-    d = width//heads
-    if d % 16: raise ValueError(f'tiny_config: width/heads: expected a multiple of 16, found {width}/{heads}; M-RoPE cuts it in 2:3:3')
+    if width % (8*heads): raise ValueError(f'tiny_config: width: expected a multiple of 8·heads = {8*heads}, found {width}; M-RoPE cuts each head in three')
+    half, side = width//heads//2, 3*(width//heads//2)//8    # a quarter for time, the rest for height and width
     return Qwen2VLConfig(image_token_id=image_id, video_token_id=vocab, vision_start_token_id=vocab, vision_end_token_id=vocab, tie_word_embeddings=True,
         text_config=dict(vocab_size=vocab, hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, num_key_value_heads=kv_heads,
-            intermediate_size=mlp, rope_parameters=dict(rope_type='default', rope_theta=1e4, mrope_section=[d//8, 3*d//16, 3*d//16]), bos_token_id=None, eos_token_id=None),
-        vision_config=dict(depth=vision_depth, embed_dim=vision_width, hidden_size=width, num_heads=vision_heads, patch_size=patch, spatial_merge_size=merge))
+            intermediate_size=mlp, rope_parameters=dict(rope_type='default', rope_theta=1e4, mrope_section=[half-2*side, side, side]),
+            initializer_range=init, bos_token_id=None, eos_token_id=None),
+        vision_config=dict(depth=vision_depth, embed_dim=vision_width, hidden_size=width, num_heads=vision_heads, mlp_ratio=vision_ratio,
+            patch_size=patch, spatial_merge_size=merge, initializer_range=init))
 
-# %% ../../nbs/backbones/03_qwen2vl.ipynb #eaae4ec8
+# %% ../../nbs/backbones/03_qwen2vl.ipynb #c9a47840
 def qwen2vl_2b(): # A `Qwen2VLConfig`
     "The published sizes of Qwen2-VL-2B"
     from transformers import Qwen2VLConfig
@@ -57,17 +59,17 @@ def qwen25vl_3b(): # A `Qwen2_5_VLConfig`
         text_config=dict(vocab_size=151936, hidden_size=2048, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2, intermediate_size=11008,
             rms_norm_eps=1e-6, rope_parameters=dict(rope_type='default', rope_theta=1e6, mrope_section=[16, 24, 24])))
 
-# %% ../../nbs/backbones/03_qwen2vl.ipynb #41a825be
-def stock_class(config):
-    "The class of transformers that a config belongs to"
+def stock_class(config): # A class of transformers
+    "The model that a config belongs to"
     from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
     classes = {'qwen2_vl': Qwen2VLForConditionalGeneration, 'qwen2_5_vl': Qwen2_5_VLForConditionalGeneration}
     if config.model_type not in classes: raise ValueError(f'config: model_type: expected one of {sorted(classes)}, found {config.model_type!r}; use a Qwen2-VL or Qwen2.5-VL config')
     return classes[config.model_type]
 
-# %% ../../nbs/backbones/03_qwen2vl.ipynb #245a6367
+# %% ../../nbs/backbones/03_qwen2vl.ipynb #fcc96a23
 class Qwen2VL(nn.Module):
     "Images and tokens to hidden states by transformers' own Qwen2-VL or Qwen2.5-VL (the module `vlm`)"
+    base_model_prefix = 'vlm'    # peft asks this of whatever has a config
     def __init__(self,
         config, # A `Qwen2VLConfig` or `Qwen2_5_VLConfig`
         min_pixels:int = 56*56, max_pixels:int = 28*28*1280, # Bounds on an image's pixels after the resize
@@ -123,19 +125,19 @@ def _places(self, types, mask, grid, patches):
 
 Qwen2VL.forward, Qwen2VL._places = forward, _places
 
-# %% ../../nbs/backbones/03_qwen2vl.ipynb #13f62a37
+# %% ../../nbs/backbones/03_qwen2vl.ipynb #b695401b
 def answer_loss(self:Qwen2VL,
     hidden:Float[Tensor, "b s d"], # Hidden states
     labels:Int[Tensor, "b s"], # What each token is; -100 where it is not to be said
 )->tuple[Tensor, Tensor]: # Mean cross-entropy in fp32 (0 where nothing is said), and the number of answer tokens
     "How well each answer token is foretold by the hidden state before it; the vocabulary is computed there only"
     said = labels[:,1:] != -100
-    logits = self.vlm.lm_head(hidden[:,:-1][said])
-    n = said.sum()
+    logits, n = self.vlm.lm_head(hidden[:,:-1][said]), said.sum()
     return cross_entropy(logits.float(), labels[:,1:][said], reduction='sum')/n.clamp(min=1), n
+
 Qwen2VL.answer_loss = answer_loss
 
-# %% ../../nbs/backbones/03_qwen2vl.ipynb #ff4f9900
+# %% ../../nbs/backbones/03_qwen2vl.ipynb #c2161dd5
 class Spoken(NamedTuple):
     "A greedy answer and the hidden states behind it"
     ids:Tensor # (b n) said tokens, <|im_end|> included where it came; padding after it
@@ -171,4 +173,5 @@ def generate(self:Qwen2VL,
     text = torch.cat(on, 1)
     prompt = torch.cat([attention_mask, torch.zeros_like(text)], 1)
     return Spoken(torch.cat(ids, 1), text, torch.cat(hidden, 1), prompt, mask & ~prompt)
+
 Qwen2VL.generate = generate
