@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from toy_policy import Toy, ToyConfig, curve, digest, loader, new, settings, windows
+from toy_policy import Toy, ToyConfig, curve, deep, digest, loader, new, settings, windows
 from vla_nb.core import Batch, ParamGroup
 from vla_nb.train.checkpoint import checkpoints, is_whole, latest, load_checkpoint
 from vla_nb.train.config import TrainConfig, load_config, parse_config
@@ -73,13 +73,49 @@ def test_bf16_autocast_keeps_float32_weights(tmp_path):
     assert {v.dtype for v in Toy.from_pretrained(end['checkpoint']).state_dict().values()} == {torch.float32}
 
 
+def test_bfloat16_weights_lose_what_float32_masters_learn(tmp_path):
+    "At 2e-5 most of AdamW's steps are smaller than the distance between two bfloat16 numbers"
+    def mse(p): return p.eval().loss(windows(96)).parts['mse'].item()
+    ours = new()
+    train(ours, loader(32), settings(steps=200, batch_size=32, lr=2e-5, warmup=0, schedule='constant', ema=0., precision='bf16'), tmp_path)
+    pure, start, batches = new().to(torch.bfloat16), mse(new()), loader(32)(0, 0, 1)
+    weights = [p for k,p in pure.named_parameters() if not k.startswith('frozen')]
+    opt = torch.optim.AdamW([dict(params=weights[:4], lr=1e-5), dict(params=weights[4:], lr=2e-5)], weight_decay=0)
+    for _ in range(200):
+        opt.zero_grad()
+        with torch.autocast('cpu', torch.bfloat16): loss = pure.loss(next(batches)).total
+        loss.backward()
+        opt.step()
+    with torch.no_grad(): ours_fell, pure_fell = start-mse(ours), start-mse(pure.float())
+    print(f'fell by {ours_fell:.5f} with float32 masters, {pure_fell:.5f} without')
+    assert ours_fell > 0 and pure_fell < .5*ours_fell
+
+
+def test_vectors_are_never_decayed():
+    "Biases, LayerNorm and RMSNorm gains; told by shape"
+    opt, name = build_optimizer(p := deep(), settings(weight_decay=.1)), {id(q): k for k,q in p.named_parameters()}
+    decayed = {name[id(q)] for g in opt.param_groups if g['weight_decay'] for q in g['params']}
+    assert decayed == {'net.0.weight', 'out.weight', 'embed.weight', 'blocks.0.mlp.weight', 'blocks.1.mlp.weight'}
+
+
+def test_constant_keeps_its_warm_up(tmp_path):
+    train(new(), loader(8), settings(steps=6, warmup=4, schedule='constant'), tmp_path)
+    assert [r['lr'] for r in read_log(tmp_path/'log.jsonl')] == pytest.approx([.0025, .005, .0075, .01, .01, .01])
+
+
+def test_what_trains_is_printed_first(tmp_path, capsys):
+    train(new(), loader(8), settings(steps=2, warmup=0, progress=True), tmp_path)
+    rows = [l.split() for l in capsys.readouterr().err.splitlines()]
+    assert ['frozen', '12', '0', '-', '-'] in rows and ['net', '96', '96', '0.005', '0.0001'] in rows and ['out', '136', '136', '0.01', '0.01'] in rows and ['total', '244', '232'] in rows
+
+
 def test_the_policy_is_left_as_it_came(tmp_path):
     "No autocast, wrapper or hook stays on it, and its checkpoint is the averaged policy"
     p = new()
     end = train(p, loader(8), settings(steps=10, precision='bf16'), tmp_path)
     assert 'forward' not in p.__dict__ and not p._state_dict_hooks
     q, ema = Toy.from_pretrained(end['checkpoint']), EMA(p, .9)
-    load_checkpoint(end['checkpoint'], p, ema=ema)
+    load_checkpoint(end['checkpoint'], p, ema)
     for k,v in ema.shadow.items(): assert torch.equal(q.state_dict()[k], v) and not torch.equal(v, p.state_dict()[k])
 
 

@@ -73,3 +73,42 @@ def digest(folder):
     h = hashlib.sha256()
     for p in sorted(folder.rglob('*.safetensors')): h.update(p.relative_to(folder).as_posix().encode() + p.read_bytes())
     return h.hexdigest()
+
+
+class Block(nn.Module):
+    "What an engine gathers in one piece"
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.mlp = nn.RMSNorm(width), nn.Linear(width, width)
+
+    def forward(self, x): return x + self.mlp(self.norm(x)).tanh()
+
+
+class Deep(Toy):
+    "Blocks in a list, and a last matrix that is the embedding's (dropped from the state, as a policy that can be saved does)"
+    name = 'deep'
+
+    def __init__(self, config, stats=None, tokenizer=None):
+        super().__init__(config, stats)
+        self.embed, self.blocks = nn.Embedding(5, 8), nn.ModuleList([Block(8), Block(8)])
+        self.read = nn.Linear(8, 5, bias=False)
+        self.read.weight = self.embed.weight
+        self.register_state_dict_post_hook(lambda m, state, prefix, _: [None, state.pop(f'{prefix}read.weight', None)][0])
+        self.register_load_state_dict_pre_hook(lambda m, state, prefix, *_: state.__setitem__(f'{prefix}read.weight', state[f'{prefix}embed.weight']))
+
+    def loss(self, batch):
+        l, word = super().loss(batch), batch['seed'] % 5
+        h = self.embed(word)
+        for b in self.blocks: h = b(h)
+        ce = nn.functional.cross_entropy(self.read(h), (word+1) % 5, reduction='none')
+        ce, _ = masked_mean(ce[:,None].expand(-1, 4), ~batch['is_pad'])
+        return Losses(l.total + ce, {**l.parts, 'ce': ce.detach()}, l.count)
+
+    def groups(self):
+        of = lambda *parts: {k: p for k,p in self.named_parameters() if k.split('.')[0] in parts}
+        return [*super().groups(), ParamGroup('words', of('embed', 'blocks'), lr=2.)]
+
+
+def deep(seed=0, **config):
+    torch.manual_seed(seed)
+    return Deep(ToyConfig(**config))

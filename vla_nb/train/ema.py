@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/train/03_ema.ipynb #6941dab2
+def _slices(tensors): return [t.detach().to_local() if hasattr(t, 'to_local') else t.detach() for t in tensors]    # FSDP's DTensors know few multi-tensor calls
+
 class EMA:
     "An exponential moving average of a module's trainable parameters"
     def __init__(self,
@@ -32,19 +34,17 @@ class EMA:
     @torch.no_grad()
     def update(self):
         "Take in the weights after an optimiser step"
-        torch._foreach_lerp_(list(self.shadow.values()), list(self.params.values()), 1-self.decay_at(self.updates))
+        torch._foreach_lerp_(_slices(self.shadow.values()), _slices(self.params.values()), 1-self.decay_at(self.updates))
         self.updates += 1
 
     @contextmanager
     def swapped(self):
         "Within this context the module has the averaged weights; its own come back afterwards"
-        ps = list(self.params.values())
-        with torch.no_grad():
-            own = [p.detach().clone() for p in ps]
-            torch._foreach_copy_(ps, list(self.shadow.values()))
+        ps = _slices(self.params.values())
+        own = [p.clone() for p in ps]
+        torch._foreach_copy_(ps, _slices(self.shadow.values()))
         try: yield self
-        finally:
-            with torch.no_grad(): torch._foreach_copy_(ps, own)
+        finally: torch._foreach_copy_(ps, own)
 
     @torch.no_grad()
     def load(self, shadow:dict[str, Tensor], updates:int):
