@@ -10,6 +10,7 @@ __all__ = ['kinds', 'check', 'parity']
 # %% ../nbs/01_parity.ipynb #ba8a5d52
 from pathlib import Path
 
+from .replay.dexvla import dexvla
 from .replay.dexvla_dataset import dexvla_dataset
 from .replay.film import film
 from .replay.recording import Recording, Row
@@ -17,7 +18,7 @@ from .replay.scaledp import scaledp
 from .replay.unet1d import unet1d
 
 # %% ../nbs/01_parity.ipynb #5b3df913
-kinds = dict(scaledp=scaledp, film=film, unet1d=unet1d, dexvla_dataset=dexvla_dataset) # kind -> generator of rows
+kinds = dict(scaledp=scaledp, film=film, unet1d=unet1d, dexvla=dexvla, dexvla_dataset=dexvla_dataset) # kind -> generator of rows
 
 # %% ../nbs/01_parity.ipynb #f2105bb7
 def check(
