@@ -1,0 +1,158 @@
+"""Stage 1 and the stage presets: what is handed on, what is frozen, what is refused. Random images of 64 px, a few samples."""
+from dataclasses import replace
+
+import pytest, torch
+from torch import nn
+
+from vla_nb.core import Samples
+from vla_nb.policies.dexvla_config import tiny
+from vla_nb.policies.dexvla_qwen import DexVLAQwen
+from vla_nb.policies.dexvla_released import export_released, load_released
+from vla_nb.policies.scaledp_stage1 import ScaleDPStage1, ScaleDPStage1Config, export_stage1_head, resnet50
+from vla_nb.train.config import TrainConfig
+from vla_nb.train.loop import train
+from vla_nb.train.optim import build_optimizer, lr_factor
+
+torch.set_num_threads(1)
+small = dict(stem=8, stages=(8, 16), depths=(1, 2), text_width=16, text_depth=1, text_heads=2, points=4, head_width=32, head_depth=2, head_heads=2, combine_width=24)
+
+
+def one(x): return dict(mean=x.mean(0).tolist(), std=x.std(0).tolist(), min=x.amin(0).tolist(), max=x.amax(0).tolist())
+
+
+@pytest.fixture(scope='module')
+def data():
+    g = torch.Generator().manual_seed(0)
+    return Samples(torch.randint(0, 256, (4, 1, 3, 64, 64), dtype=torch.uint8, generator=g), torch.randn(4, 3, generator=g), ['press red', 'press blue', 'go', 'press the red one'],
+                   torch.randn(4, 6, 2, generator=g), torch.arange(6)[None] >= torch.tensor([6, 6, 4, 1])[:, None], torch.arange(4), ['up', 'down', 'up', 'left'])
+
+
+@pytest.fixture(scope='module')
+def stats(data): return dict(state=one(data.state), action=one(data.action.flatten(0, 1)))
+
+
+def make(data, stats, seed=0, **kw):
+    return ScaleDPStage1.from_data(ScaleDPStage1Config(**small | kw), [*data.instruction, *data.subtask], stats, seed)
+
+
+def awake(p, seed=1):
+    "The same policy with nothing at zero"
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for w in p.parameters(): w.add_(.05*torch.randn(w.shape, generator=g))
+    return p
+
+
+def test_new_policies_are_a_function_of_their_seed(data, stats):
+    a, b, c = make(data, stats), make(data, stats), make(data, stats, seed=1)
+    assert all(torch.equal(x, y) for x,y in zip(a.parameters(), b.parameters()))
+    assert not torch.equal(a.encoder.project.weight, c.encoder.project.weight)
+
+
+def test_padding_in_text_and_company_in_the_batch_do_not_matter(data, stats):
+    p = awake(make(data, stats)).train()
+    batch = p.prepare(data)
+    z = p._fuse(data.images, batch['input_ids'], batch['mask'])
+    for i in range(4):
+        n = int(batch['mask'][i].sum())
+        torch.testing.assert_close(p._fuse(data.images[i:i+1], batch['input_ids'][i:i+1,:n], batch['mask'][i:i+1,:n]), z[i:i+1], atol=1e-5, rtol=1e-5)
+
+
+def test_no_words_are_no_nan(data, stats):
+    p = awake(make(data, stats))
+    assert p.act(data.say(''), seed=data.seed).action.isfinite().all()
+    assert p.loss(p.prepare(data.say(''))).total.isfinite()
+
+
+def test_batch_statistics_stay_in_training(data, stats):
+    p = make(data, stats).train()
+    before = {k: b.clone() for k,b in p.named_buffers()}
+    p.loss(p.prepare(data)).total.backward()
+    assert all(torch.equal(b, before[k]) for k,b in p.named_buffers())
+    assert p.training and not any(m.training for m in p.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_padded_steps_do_not_count(data, stats):
+    p = awake(make(data, stats)).eval()
+    other = replace(data, action=torch.where(data.action_is_pad[...,None], torch.tensor(9.), data.action))
+    assert torch.equal(p.loss(p.prepare(data)).total, p.loss(p.prepare(other)).total)
+    assert p.loss(p.prepare(data)).count == (~data.action_is_pad).sum()
+
+
+@pytest.mark.parametrize('frozen', [(), ('text',), ('image', 'text')])
+def test_frozen_parts_get_no_gradient(data, stats, frozen):
+    p = awake(make(data, stats, frozen=frozen)).train()
+    build_optimizer(p, TrainConfig(steps=10, warmup=1))
+    p.loss(p.prepare(data)).total.backward()
+    for g in p.groups():
+        for k,w in g.params.items(): assert (w.grad is not None and bool(w.grad.any())) == (g.name not in frozen), k
+
+
+def test_several_cameras_and_the_wrong_number(data, stats):
+    two = replace(data, images=data.images.expand(-1, 2, -1, -1, -1).contiguous())
+    p = make(data, stats, cameras=2)
+    assert p.act(two, seed=data.seed).action.shape == (4, 6, 2)
+    with pytest.raises((ValueError, RuntimeError)): p.act(data, seed=data.seed)
+
+
+def test_sub_steps(data, stats):
+    p = make(data, stats, substeps=True)
+    assert [t.strip() for t in p.tokenizer.batch_decode(p.prepare(data)['input_ids'], skip_special_tokens=True)] == data.subtask
+    with pytest.raises(ValueError, match='subtask: expected'): p.prepare(replace(data, subtask=None))
+
+
+def test_published_encoders_are_read_whole(data, stats, tmp_path):
+    q = awake(make(data, stats))
+    q.encoder.image.save_pretrained(tmp_path/'resnet')
+    q.encoder.text.save_pretrained(tmp_path/'bert')
+    q.tokenizer.save_pretrained(tmp_path/'bert')
+    p = make(data, stats, seed=5, resnet=str(tmp_path/'resnet'), bert=str(tmp_path/'bert'))
+    for part in ('image', 'text'):
+        for (k,a),b in zip(getattr(p.encoder, part).named_parameters(), getattr(q.encoder, part).parameters()): assert torch.equal(a, b), k
+    assert p.config.resnet == '' and p.config.resnet_config['hidden_sizes'] == [8, 16]
+    again = ScaleDPStage1.from_pretrained(p.save_pretrained(tmp_path/'policy'))    # needs neither folder
+    assert torch.equal(again.act(data, seed=data.seed).action, p.eval().act(data, seed=data.seed).action)
+    from safetensors.torch import load_file, save_file
+    w = load_file(tmp_path/'resnet/model.safetensors')
+    del w[next(iter(w))]
+    save_file(w, tmp_path/'resnet/model.safetensors', {'format': 'pt'})
+    with pytest.raises(ValueError, match='copy the whole model'): make(data, stats, resnet=str(tmp_path/'resnet'))
+
+
+def second(data, stats, **kw):
+    c = replace(tiny(), vocab=300, width=32, depth=1, heads=2, kv_heads=1, mlp=48, vision_width=32, vision_depth=1, vision_heads=2, head_width=32, head_depth=2, head_heads=2, combine_width=24)
+    return DexVLAQwen.from_data(replace(c, **kw), data.instruction + data.subtask, stats)
+
+
+def test_stage_2_starts_with_stage_1s_head_bit_for_bit(data, stats, tmp_path):
+    first, p = awake(make(data, stats, cond_dim=32)), second(data, stats)
+    before = {k: v.clone() for k,v in p.state_dict().items()}
+    r = load_released(p, export_stage1_head(first, tmp_path))
+    assert r.ok and 'Stage 1 read other features' in str(r)
+    for k,v in p.state_dict().items():
+        mine = k.startswith('policy_head.') and 'cond_obs_emb' not in k
+        assert torch.equal(v, first.state_dict()[k] if mine else before[k]), k
+    # the original's own layout carries the same weights
+    q = second(data, stats)
+    load_released(q, export_released(first, tmp_path/'theirs', 'stage1'))
+    assert all(torch.equal(a, b) for a,b in zip(p.parameters(), q.parameters()))
+
+
+@pytest.mark.parametrize('change,message', [(dict(prediction='epsilon'), 'prediction expected epsilon, found sample'), (dict(noise_shift=1.), r'noise_shift expected 1\.0, found 0\.1'),
+    (dict(horizon=8), 'horizon=6'), (dict(head_depth=3), 'head_depth=2'), (dict(head_heads=4), 'head_heads expected 4, found 2'), (dict(width=64), 'a language model of width 32')])
+def test_a_head_that_would_mean_something_else_is_refused(data, stats, tmp_path, change, message):
+    f = export_stage1_head(make(data, stats, cond_dim=32), tmp_path)
+    with pytest.raises(ValueError, match=message): load_released(second(data, stats, **change), f)
+
+
+def test_the_loop_trains_it(data, stats, tmp_path):
+    p = make(data, stats)
+    def loader(first, rank, world):
+        for i in range(first, 100): yield p.prepare(replace(data, seed=data.seed + 10*i))
+    done = train(p, loader, TrainConfig(steps=6, batch_size=4, warmup=1, lr=1e-3, save_every=0, eval_every=0, cpu=True, progress=False), tmp_path)
+    assert done['steps'] == 6 and done['loss'] < 10
+
+
+def test_the_published_sizes_need_no_folder_on_the_meta_device():
+    c = resnet50()
+    assert (c.cond_dim, c.head_size, c.horizon, c.frozen) == (1536, 'H', 50, ('text',))
