@@ -21,11 +21,12 @@ class PointReach:
     "A point that moves in the plane, and three discs; the instruction names one"
     cameras, tasks = ('top',), tuple(colours)
     action_dim, state_dim, max_steps, fps = 2, 2, 24, 20.
+    may_rest = ()    # both coordinates move
     speed, radius = .1, .2    # of the point, a step; of a disc; the plane is [-1, 1] x [-1, 1]
 
     def __init__(self,
         size:int = 32, # Side of the image, pixels
-    ): self.size = size
+    ): self.size, self.settings = size, dict(env='point', size=size)
 
     def reset(self, seed:int, task:str)->Observation:
         "Draw a scene from the seed; the task does not change it"

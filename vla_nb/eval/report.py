@@ -148,13 +148,12 @@ def write_report(
     key = '<small>Bar: rate; whisker: 95 % Wilson interval' + ('' if chance is None else '; dashed: guessing') + '</small>'
     rest = {k: v for k,v in result.items() if k not in ('success', 'ablations', 'seconds_by_phase') and k not in groups and not is_count(v)}
     if 'seconds_total' in rest: rest['total time'] = _clock(rest.pop('seconds_total'))
-    body = [_headline(title, all_), _section('Success', bars + key),
-        _section('Films', ''.join(film_html(c, f) for c,f in (films or {}).items())),
+    reel = ''.join(film_html(c, f) for c,f in (films or {}).items())
+    body = [_headline(title, all_), _section('Success', bars + key), _section('Films', reel and f'<div class="films">{reel}</div>'),
         *(_section(name, figure_svg(fig)) for name,fig in (figures or {}).items()),
         _section('Where the time went', _phases(result.get('seconds_by_phase', {}))),
         _section('The run', _table(rest | dict(settings or {}))),
         _section('Next', f'<pre>{escape(chr(10).join(commands))}</pre>' if commands else '')]
-    body[2] = body[2].replace('<figure>', '<div class="films"><figure>', 1) + '</div>' if body[2] else ''
     html = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
         f'<title>{escape(title)}: {100*all_.rate:.0f} %</title><style>{_css}</style></head><body>{"".join(body)}</body></html>')
     with atomic_path(path) as tmp: tmp.write_text(html, encoding='utf-8')
