@@ -264,3 +264,112 @@ def sample(e, t, sim, delta, chunk):
     x = e['images']['top'][t].float()
     half = ((x[::2,::2] + x[1::2,::2] + x[::2,1::2] + x[1::2,1::2])/4 + .5).floor().to(torch.uint8)
     return buffer[:chunk], pad[:chunk], e['qpos'][t], rearrange(half, 'h w c -> c h w'), f'step {t}'
+
+
+@pytest.fixture(scope='session')
+def whole_once():
+    "The recording of the whole model, its 25 MB of weights from two seeds"
+    rec = torch.load(fixtures/'dexvla_seeded.pt', weights_only=True)
+    made = rec.pop('seeds')
+    w = R.seeded_weights(made['shapes'], made['all'])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(made['embedding'])
+        w['model.embed_tokens.weight'] = .3*torch.randn(made['shapes']['model.embed_tokens.weight'])
+    return rec | {'state_dict': w}
+
+
+@pytest.fixture
+def whole(whole_once): return {k: dict(v) if isinstance(v, dict) else v for k,v in whole_once.items()}
+
+
+def test_dexvla_equals_the_original(whole, tmp_path):
+    rows = {r.name: r for r in P.check(saved(tmp_path, whole))}
+    assert not [r for r in rows.values() if not r.ok]
+    assert max(r.diff for n,r in rows.items() if not n.startswith('init/')) < 1e-5
+    assert sum(n.startswith('grad_norms/') for n in rows) == len(whole['state_dict']), 'every parameter has its gradient compared'
+    assert whole['evaluate_1']['actions'].isnan().all() and rows['evaluate_1: ours is finite'].ok and rows['evaluate_1/actions'].ok
+    assert {'position_ids', 'rope_deltas', 'image_embeds', 'hidden_states', 'logits_at_answer', 'loss', 'llm_loss', 'action_loss', 'evaluate_5/actions'} <= set(rows)
+
+
+@pytest.mark.parametrize('name,at', [('visual.patch_embed.proj.weight', 5), ('visual.blocks.1.attn.qkv.weight', 0), ('visual.merger.mlp.2.bias', 3),
+    ('model.layers.0.self_attn.v_proj.bias', 1), ('model.layers.1.mlp.down_proj.weight', -1), ('model.norm.weight', 0), ('policy_head.blocks.0.mlp.fc1.weight', 7),
+    ('policy_head.pos_embed', 0), ('input_action_proj.mlps.0.weight', 2), ('reasoning_film.shift_fc.bias', 4)])
+def test_one_changed_weight_of_the_whole_fails(whole, tmp_path, name, at):
+    w = whole['state_dict'][name] = whole['state_dict'][name].clone()
+    w.view(-1)[at] += .02
+    assert failed(saved(tmp_path, whole))
+
+
+@pytest.mark.parametrize('key', ['position_ids', 'image_embeds', 'logits_at_answer', 'llm_loss', 'evaluate_5/actions', 'evaluate_1/hidden_states', 'grad_norms/model.norm.weight'])
+def test_one_changed_output_of_the_whole_fails(whole, tmp_path, key):
+    at, *rest = key.split('/', 1)
+    tree, k = (whole[at], rest[0]) if rest else (whole, at)
+    v = tree[k] = tree[k].clone()
+    v.view(-1)[-1] += 1 if not v.is_floating_point() else .02
+    assert key in failed(saved(tmp_path, whole))
+
+
+def test_an_action_where_the_original_had_none_fails(whole, tmp_path):
+    whole['evaluate_1']['actions'] = torch.zeros(1, 10, 7)
+    assert failed(saved(tmp_path, whole)) == ['evaluate_1/actions']
+
+
+def record_dexvla(seed, width, heads, kv, mlp, vision, vision_heads, patch, merge, depth, head_width, head_heads, horizon, a, p, grids, prompts, answers):
+    "A recording of our own composition, at any size: rows with `prompts` and `answers` words around the images of `grids`"
+    from transformers import Qwen2VLConfig
+    from vla_nb.backbones.qwen2vl import Qwen2VL
+    from vla_nb.backbones.qwen2vl_io import to_fork
+    from vla_nb.backbones.patches import mrope_positions
+    half = width//heads//2
+    config = Qwen2VLConfig(image_token_id=151655, tie_word_embeddings=True, vision_config=dict(depth=1, embed_dim=vision, num_heads=vision_heads, hidden_size=width, mlp_ratio=3, patch_size=patch, spatial_merge_size=merge),
+        text_config=dict(vocab_size=151700, hidden_size=width, intermediate_size=mlp, num_hidden_layers=depth, num_attention_heads=heads, num_key_value_heads=kv, rms_norm_eps=1e-6,
+            rope_parameters=dict(rope_type='default', rope_theta=1e4, mrope_section=[half//2, half//4, half-half//2-half//4]), bos_token_id=None, eos_token_id=None))
+    model = torch.nn.ModuleDict(dict(vlm=Qwen2VL(config), fuse=FusionFiLM(width), head=ScaleDP(a, p, width, horizon, head_width, 1, head_heads, 2., 16, sinusoid_bf16)))
+    names = [n for n,_ in model.named_parameters()]
+    model.load_state_dict(R.seeded_weights({n: v.shape for n,v in model.named_parameters()}, seed))
+    vlm, fuse, head = model['vlm'], model['fuse'], model['head']
+    g = torch.Generator().manual_seed(seed)
+    r = lambda *s: torch.randn(*s, generator=g)
+    ids, labels = zip(*[row(g, grids, merge, n, m) for n,m in zip(prompts, answers)])
+    s = max(map(len, ids))
+    pad = lambda rows, v: torch.stack([torch.cat([torch.full((s-len(x),), v), x]) for x in rows])
+    grid = torch.tensor(grids).repeat(len(ids), 1)
+    i = dict(input_ids=pad(ids, 151643), labels=pad(labels, -100), image_grid_thw=grid, pixel_values=r(grid.prod(1).sum(), 3*2*patch**2), actions=r(len(ids), horizon, a),
+        states=r(len(ids), p), is_pad=torch.arange(horizon).expand(len(ids), -1) > torch.tensor([[horizon], [horizon//2]]))
+    i['attention_mask'] = mask = i['input_ids'] != 151643
+    types = (i['input_ids'] == 151655).long()
+    hidden = vlm(i['input_ids'], mask, types, i['pixel_values'], grid)
+    place, delta = mrope_positions(types == 1, mask, grid, merge, len(i['pixel_values'])//merge**2)
+    cond, noise, t = fuse(hidden, *windows_dexvla(i['input_ids'], i['labels'])), r(1, len(ids), horizon, a), torch.tensor([3, 71])
+    error = (head(squared_cosine(100).add_noise(i['actions'], noise[0], t), t, cond, i['states'])-noise[0])**2
+    said, action = vlm.answer_loss(hidden, i['labels'])[0], (error*~i['is_pad'][...,None]).mean()
+    (said+action).backward()
+    def fork(d):
+        own = to_fork({n.removeprefix('vlm.vlm.'): v for n,v in d.items() if n.startswith('vlm.')})
+        return own | {n.removeprefix('fuse.') if n.startswith('fuse.') else n.replace('head.', 'policy_head.', 1): v for n,v in d.items() if not n.startswith('vlm.')}
+    rec = dict(kind='dexvla', inputs=i, noise=noise, timesteps=t, position_ids=place.masked_fill(~mask, 1), rope_deltas=delta-(~mask).sum(1, keepdim=True), hidden_states=hidden,
+        image_embeds=vlm.vlm.model.visual(i['pixel_values'], grid_thw=grid).pooler_output, action_hidden_states=cond[:,None], loss=said+action, llm_loss=said, action_loss=action)
+    rec = {k: v.detach() if torch.is_tensor(v) else v for k,v in rec.items()}
+    rec['state_dict'] = fork({n: v.detach() for n,v in model.named_parameters()})
+    rec['grad_norms'] = {k: v.norm() for k,v in fork({n: v.grad for n,v in model.named_parameters()}).items()}
+    assert len(rec['grad_norms']) == len(names)
+    return rec
+
+
+def row(g, grids, merge, n, m):
+    "Ids and labels of a row: images, `n` words, an answer of `m` words and <|im_end|>"
+    images = [x for t,h,w in grids for x in [151652, *[151655]*(t*h*w//merge**2), 151653]]
+    said = [*torch.randint(100, 20000, (m,), generator=g).tolist(), 151645]
+    ids = [151644, *images, *torch.randint(100, 20000, (n,), generator=g).tolist(), *said]
+    return torch.tensor(ids), torch.tensor([-100]*(len(ids)-len(said)) + said)
+
+
+@pytest.mark.parametrize('sizes', [dict(seed=3, width=48, heads=3, kv=1, mlp=40, vision=24, vision_heads=3, patch=4, merge=2, depth=3, head_width=24, head_heads=3, horizon=6, a=3, p=5,
+        grids=[[1, 4, 4]], prompts=(4, 9), answers=(3, 1)),
+    dict(seed=4, width=16, heads=1, kv=1, mlp=24, vision=16, vision_heads=4, patch=6, merge=1, depth=1, head_width=8, head_heads=1, horizon=4, a=2, p=2,
+        grids=[[1, 2, 3], [1, 1, 2], [1, 2, 2]], prompts=(7, 2), answers=(2, 6))])
+def test_dexvla_of_other_sizes(sizes, tmp_path):
+    rec = record_dexvla(**sizes)
+    assert not failed(saved(tmp_path, rec))
+    rec['state_dict']['visual.merger.mlp.0.weight'][0,0] += .05
+    assert failed(saved(tmp_path, rec))
