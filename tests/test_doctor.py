@@ -1,4 +1,5 @@
 "Every way to break a folder of episodes that we could think of, alone and all together; and what must not be called broken"
+import subprocess, sys
 from pathlib import Path
 
 import h5py, numpy as np, pytest
@@ -7,6 +8,8 @@ from test_data import wander
 from vla_nb.data.doctor import Fault, check, declare, declared, report, require_healthy
 from vla_nb.data.episode import ArraySource, Subset
 from vla_nb.data.hdf5 import Hdf5Source, find_episodes, write_episode
+from vla_nb.data.integrity import notes
+from vla_nb.data.mixture import Mixture
 from vla_nb.data.windows import Windows
 
 n = 8
@@ -69,12 +72,15 @@ broken = {  # name -> (how to break an open file, or a path; field; what `found`
     'other action dims': (lambda f: swap(f, 'action', np.random.default_rng(0).normal(size=(12, 7))), 'action', '7'),
     'other state dims': (lambda f: swap(f, qpos, np.random.default_rng(0).normal(size=(12, 3))), qpos, '3'),
     'flat action': (lambda f: swap(f, 'action', np.arange(12.)), 'action', 'float64 (12,)'),
+    'no subtask': (lambda f: f.__delitem__('substep_reasonings'), 'substep_reasonings', 'none'),
+    'unknown colour order': (lambda f: f.attrs.__setitem__('color_order', 'gbr'), 'color_order', "'gbr'"),
+    'dangling link': (lambda p: (p.unlink(), p.symlink_to('elsewhere.hdf5')), 'file', 'a link to elsewhere.hdf5'),
     'a group for a field': (lambda f: (f.__delitem__('action'), f.create_group('action')), 'action', "['action'"),
 }
 
 
 def breakage(path, how):
-    if how in ('truncated', 'truncated by a byte', 'empty', 'not hdf5'): return broken[how][0](path)
+    if how in ('truncated', 'truncated by a byte', 'empty', 'not hdf5', 'dangling link'): return broken[how][0](path)
     with h5py.File(path, 'a') as f: broken[how][0](f)
 
 
@@ -137,6 +143,91 @@ def test_nothing_to_examine(tmp_path):
 def test_unfinished_writes_are_no_episodes(data):
     (data/'.episode_9.hdf5.17.tmp').write_bytes(b'half'); (data/'.episode_9.hdf5').write_bytes(b'half')
     assert check(data) == []
+
+
+# as a user types it
+
+@pytest.mark.parametrize('how', broken)
+def test_the_commands_name_each_fault_and_refuse(data, how, capsys):
+    from vla_nb.cli import main
+    breakage(data/'episode_0.hdf5', how)    # the first, which a source would open to learn the cameras' names
+    assert main(['doctor', str(data)]) == 2
+    said = capsys.readouterr().out
+    fault, = check(data)
+    assert said.startswith('1 fault in 1 file\n') and 'Traceback' not in said
+    for line in (f'episode_0.hdf5  {broken[how][1]}', f'expected  {fault.expected}', f'found     {fault.found}', f'mend      {fault.mend}'): assert line in said
+    assert main(['train', '--data', str(data), '--out', str(data/'run')]) == 2
+    said = capsys.readouterr().err
+    assert '1 fault in the data; not training' in said and str(fault) in said
+    assert not list((data/'run').glob('checkpoint-*')) and not (data/'run'/'log.jsonl').exists()
+
+
+def test_in_a_process_of_its_own(data):
+    for i,how in enumerate(('truncated', 'long state', 'nan in action', 'missing camera', 'constant action', 'non-utf8 instruction', 'jpeg garbage')): breakage(data/f'episode_{i}.hdf5', how)
+    r, t = (subprocess.run([sys.executable, '-m', 'vla_nb.cli', *c, str(data)], capture_output=True, text=True) for c in (['doctor'], ['train', '--out', str(data/'run'), '--data']))
+    assert r.returncode == t.returncode == 2 and 'Traceback' not in r.stderr+t.stderr
+    assert r.stdout.startswith('7 faults in 7 files') and all(f'episode_{i}.hdf5' in r.stdout and f'episode_{i}.hdf5' in t.stderr for i in range(7))
+
+
+def test_a_declaration_that_cannot_be_read_is_named(data):
+    for text in ('{', '[]', '{"may_rest": "action 3"}'):
+        (data/'dataset.json').write_text(text)
+        with pytest.raises(ValueError, match='dataset.json'): check(data)
+
+
+# a mixture
+
+def mixture(data, tmp_path_factory, **kw):
+    other = folder(tmp_path_factory.mktemp('other'))
+    return Mixture({'here': Hdf5Source(data), 'there': Subset(Hdf5Source(other), [1, 2, 3, 5])}, **kw), other
+
+
+def test_folders_of_a_mixture_are_judged_each_by_itself_and_side_by_side(data, tmp_path_factory):
+    mix, other = mixture(data, tmp_path_factory)
+    assert check(mix) == []
+    require_healthy(mix)
+    assert (data/'.healthy.json').exists() and (other/'.healthy.json').exists()
+    breakage(data/'episode_5.hdf5', 'nan in action')
+    breakage(other/'episode_3.hdf5', 'truncated')
+    breakage(other/'episode_0.hdf5', 'truncated')    # not used by the mixture
+    assert [(f.file, f.field) for f in check(mix)] == [('here/episode_5.hdf5', 'action'), ('there/episode_3.hdf5', 'file')]
+    with pytest.raises(ValueError, match='2 faults.*\n.*here/episode_5.hdf5: action.*\n.*there/episode_3.hdf5: file'): require_healthy(mix)
+
+
+def test_a_folder_with_other_cameras_or_dimensions_is_named(data, tmp_path_factory):
+    b = tmp_path_factory.mktemp('b')
+    for i in range(4): write_episode(b/f'{i}.hdf5', wander(i, cameras=('top', 'left'), a=3))
+    sources = {'a': Hdf5Source(data), 'b': Hdf5Source(b)}
+    assert [(f.file, f.field, f.expected) for f in check(Mixture(sources))] == [('b/', 'cameras', "['top', 'wrist'] as in a/"), ('b/', 'action', '4 dimensions as in a/')]
+    assert [f.field for f in check(Mixture(sources, cameras=['top']))] == ['action']
+    assert [f.field for f in check(Mixture(sources, cameras=['wrist']))] == ['cameras', 'action']
+
+
+# suspicious, not broken
+
+def test_notes_are_no_faults_and_are_not_made_of_ordinary_data(data, tmp_path):
+    assert notes(data) == []
+    still(data, 2, 'action', 1, .5 + 5e-5*np.sin(np.arange(12)))
+    put_in = {3: lambda f: f['action'].__setitem__((4, 2), 4000.), 4: lambda f: texts(f, 'substep_reasonings', *[b'go']*11, b' '), 6: lambda f: f.attrs.__delitem__('color_order')}
+    for i,how in put_in.items():
+        with h5py.File(data/f'episode_{i}.hdf5', 'a') as f: how(f)
+    (data/'episode_7.hdf5').write_bytes((data/'episode_0.hdf5').read_bytes())
+    write_episode(data/'episode_8.hdf5', wander(8, l=90, subtask=['go']*90, reward=np.zeros(90)))
+    assert check(data) == []
+    found = {(f.file, f.field) for f in notes(data)}
+    assert found == {('episode_2.hdf5', 'action, dimension 1'), ('episode_4.hdf5', 'substep_reasonings'), ('episode_6.hdf5', 'color_order'), ('episode_7.hdf5', 'action'), ('episode_8.hdf5', 'action')}, report(notes(data), 'note')
+    # one of 186 readings is more than a thousandth: such a range may be meant
+
+
+def test_a_glitch_is_noted_and_a_gripper_is_not(tmp_path):
+    for i in range(20):
+        e = wander(i, l=100)
+        e.action[:,3] = 0
+        if i == 3: e.action[50,3] = 1    # a gripper, seldom closed
+        if i == 9: e.action[7,1] = -900
+        write_episode(tmp_path/f'{i}.hdf5', e)
+    found = notes(tmp_path)
+    assert [(f.file, f.field) for f in found] == [('9.hdf5', 'action, dimension 1')] and '-900 at step 7' in found[0].found
 
 
 # what stands still

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .cache import CacheSource
-from .episode import EpisodeSource, Subset, split_episodes
+from .episode import EpisodeSource, Subset, digest, split_episodes
 from .hdf5 import Hdf5Source, find_episodes
 from .mixture import MixedWindows, Mixture, open_mixture
 from .windows import Windows
@@ -52,7 +52,7 @@ class Blind:
     @property
     def cameras(self): return self.source.cameras
     @property
-    def fingerprint(self): return self.source.fingerprint
+    def fingerprint(self): return digest(self.source.fingerprint, 'blind')
     def __len__(self): return len(self.source)
     def lengths(self): return self.source.lengths()
     def describe(self, i): return self.source.describe(i)

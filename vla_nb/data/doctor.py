@@ -8,7 +8,7 @@ Docs: https://example.github.io/vla_nb/data/doctor.html.md"""
 __all__ = ['again', 'Fault', 'report', 'Chart', 'examine', 'declared', 'declare', 'Ward', 'wards', 'check', 'require_healthy']
 
 # %% ../../nbs/data/09_doctor.ipynb #578433b8
-import json, os
+import json, os, re
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -35,9 +35,8 @@ class Fault:
 def report(faults, what='fault')->str: # `Fault`s; what to call one
     "The faults as text, a block each, in the order of the files"
     if not faults: return f'no {what}s'
-    files = len({f.file for f in faults})
-    blocks = [f'{f.file}  {f.field}\n    expected  {f.expected}\n    found     {f.found}\n    mend      {f.mend}' for f in faults]
-    return '\n'.join([f'{len(faults)} {what}{"s"*(len(faults) > 1)} in {files} file{"s"*(files > 1)}', *blocks])
+    n, files = len(faults), len({f.file for f in faults})
+    return '\n'.join([f'{n} {what}{"s"*(n > 1)} in {files} file{"s"*(files > 1)}', *(f'{f.file}  {f.field}\n    expected  {f.expected}\n    found     {f.found}\n    mend      {f.mend}' for f in faults)])
 
 # %% ../../nbs/data/09_doctor.ipynb #a9374cc5
 again = 'record or copy it again, or leave the file out'
@@ -149,8 +148,9 @@ def examine(
     try:
         with h5py.File(path, 'r') as f: _fields(chart, f, decode)
     except (OSError, RuntimeError, KeyError, TypeError, AttributeError) as e:
-        size = os.path.getsize(path)
-        chart.blame('file', 'a complete HDF5 file', f'{size} bytes: {str(e).split("(", 1)[-1].rstrip(")")}' if size else 'an empty file')
+        if not os.path.exists(path): return chart.blame('file', 'a file', f'a link to {os.readlink(path)}, where nothing is') or chart
+        size, whole = os.path.getsize(path), re.search(r'stored_eof = (\d+)', str(e))
+        chart.blame('file', 'a complete HDF5 file', 'an empty file' if not size else f'{size} of {whole[1]} bytes, a truncated file' if whole else f'{size} bytes: {str(e).split("(", 1)[-1].rstrip(")")}')
     return chart
 
 # %% ../../nbs/data/09_doctor.ipynb #30fa0a1f
@@ -209,7 +209,8 @@ def _usual(chart, key, have, value, counts): # A chart; what rests in it; all ch
 def declared(folder:str|Path)->tuple[str,...]:
     "Dimensions that somebody declared may rest, in `dataset.json` beside the files"
     path = Path(folder)/'dataset.json'
-    return tuple(json.loads(path.read_text()).get('may_rest', ())) if path.exists() else ()
+    try: return tuple(json.loads(path.read_text()).get('may_rest', []) + []) if path.exists() else ()    # a list, or TypeError
+    except (ValueError, AttributeError, TypeError) as e: raise ValueError(f'{path}: file: expected JSON as {{"may_rest": ["action 3"]}}, found {e}; mend or delete it') from None
 
 def declare(folder:str|Path, *dims:str)->Path: # A folder; dimensions, as 'action 3' or 'state 0'
     "Declare that dimensions may stay constant throughout an episode"
@@ -288,8 +289,7 @@ def require_healthy(
     "ValueError that lists the faults, up to 20 of them, when there are any"
     faults, healthy = [], []
     for w in wards(data):
-        verdict = Path(cache or w.folder or min(w.folders))/'.healthy.json'
-        key = digest(w.key(), decode, *sorted(_rest(w, may_rest)))
+        verdict, key = Path(cache or w.folder or min(w.folders))/'.healthy.json', digest(w.key(), decode, *sorted(_rest(w, may_rest)))
         if w.names and verdict.exists() and json.loads(verdict.read_text()).get('key') == key: continue
         faults += (found := _judge(w, decode, may_rest, None)[1])
         if not found: healthy.append((verdict, dict(key=key, files=len(w.names))))

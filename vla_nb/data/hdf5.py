@@ -119,6 +119,11 @@ def read_list(f, name): # An open file; an attribute
     "Strings of an attribute; empty where it is absent"
     return tuple(str(s) for s in f.attrs.get(name, []))
 
+def _order(f, path, default): # An open file; its name; what to believe of a file that does not say
+    said = str(f.attrs.get('color_order', default or 'rgb'))
+    if said not in ('rgb', 'bgr'): raise ValueError(f"{path}: color_order: expected 'rgb' or 'bgr', found {said!r}; say in which order the encoder was given its channels")
+    return said
+
 def read_numbers(f, path)->dict: # An open file; its name for messages
     "Everything in a file but the frames, as arguments of `Episode`"
     def need(k, why):
@@ -141,14 +146,16 @@ def read_numbers(f, path)->dict: # An open file; its name for messages
 def find_episodes(folder:str|Path)->list[Path]:
     "The `.hdf5` and `.h5` files of a folder and its subfolders, in natural order; unfinished (dotted) names left out"
     folder = Path(folder)
-    found = [p for p in folder.rglob('*') if p.suffix in ('.hdf5', '.h5') and not any(s.startswith('.') for s in p.relative_to(folder).parts)]
+    found = [p for p in folder.rglob('*') if p.suffix in ('.hdf5', '.h5') and not p.is_dir() and not any(s.startswith('.') for s in p.relative_to(folder).parts)]
     return sorted(found, key=lambda p: [int(s) if s.isdigit() else s for s in re.split(r'(\d+)', p.relative_to(folder).as_posix())])
 
 def files_digest(paths, names, *parts): # Files; what to call them; what else the name depends on
     "A hex name of some files: another when a name, size, time or the first 4 kB change"
     parts = list(parts)
     for p,n in zip(paths, names):
-        with open(p, 'rb') as f: parts += [n, (s := os.fstat(f.fileno())).st_size, s.st_mtime_ns, f.read(4096)]
+        try:
+            with open(p, 'rb') as f: parts += [n, (s := os.fstat(f.fileno())).st_size, s.st_mtime_ns, f.read(4096)]
+        except OSError as e: parts += [n, e]    # a dangling link, say: the doctor's to name
     return digest(*parts)
 
 # %% ../../nbs/data/02_hdf5.ipynb #a427ca69
@@ -156,10 +163,11 @@ class Hdf5Source:
     "A folder (or a list) of HDF5 episodes"
     def __init__(self,
         files, # A folder, or paths of files
-        cameras = None, # Names to use, in order; None: the first file's own (`camera_names`, else by alphabet)
+        cameras = None, # Names to use, in order; None: the first readable file's own (`camera_names`, else by alphabet)
         color_order = None, # 'rgb' or 'bgr' for files that do not say; None: RGB
         open_files = 64, # Handles to keep open
     ):
+        if color_order not in (None, 'rgb', 'bgr'): raise ValueError(f"color_order: expected 'rgb', 'bgr' or None, found {color_order!r}")
         one = isinstance(files, (str, Path))
         self.folder = Path(files) if one else None
         self.paths = find_episodes(files) if one else [Path(p) for p in files]
@@ -167,7 +175,11 @@ class Hdf5Source:
         self.color_order, self.handles, self._low, self.named = color_order, Handles(open_files), {}, cameras
 
     @cached_property
-    def cameras(self): return tuple(self.named or self.handles.read(self.paths[0], self._names))
+    def cameras(self): # Of the first file that can be read; the others are the doctor's to name
+        for p in () if self.named else self.paths:
+            try: return tuple(self.handles.read(p, self._names))
+            except ValueError: pass
+        return tuple(self.named or ())
 
     def _names(self, f):
         have = list(f.get('observations/images', []))
@@ -178,7 +190,7 @@ class Hdf5Source:
     def numbers(self, i):
         "Everything of episode `i` but its frames; read once"
         if i not in self._low: self._low[i] = self.handles.read(self.paths[i], lambda f: dict(read_numbers(f, self.describe(i)),
-            swap=(self.color_order or str(f.attrs.get('color_order', 'rgb'))) == 'bgr', have=self._names(f), n=len(f['action'])))
+            swap=_order(f, self.describe(i), self.color_order) == 'bgr', have=self._names(f), n=len(f['action'])))
         return self._low[i]
     def lengths(self): return np.array([self.numbers(i)['n'] for i in range(len(self))], dtype=np.int64)
 

@@ -51,9 +51,9 @@ def humming(charts, noise=1e-3): # Charts of one folder; a range below this is n
         for group in _alike(charts, name):
             ranges = np.stack([np.ptp(c.values[name], axis=0) for c in group])
             x = np.concatenate([c.values[name] for c in group])
-            whole = np.ptp(x, axis=0)
+            whole, span = np.ptp(x, axis=0), np.ptp(np.quantile(x, [.01, .99], axis=0), axis=0)    # a glitch shall not make every other file a hum
             for d in range(x.shape[1]):
-                rest = (ranges[:,d] > 1e-6*np.maximum(1, abs(x[0,d]))) & (ranges[:,d] < noise*max(1, whole[d]))
+                rest = (ranges[:,d] > 1e-6*np.maximum(1, abs(x[0,d]))) & (ranges[:,d] < noise*max(1, span[d]))
                 at = f'{group[0].at[name]}, dimension {d}'
                 if whole[d] < noise and rest.any(): yield Fault('(every file)', at, f'a range above {noise:g}', f'{whole[d]:.2g}, as of noise; min–max without a floor would stretch it {2/whole[d]:,.0f} times', 'leave the dimension out, or check the sensor')
                 elif 0 < rest.sum() < max(3, .2*len(group)):

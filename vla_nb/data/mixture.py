@@ -29,7 +29,7 @@ class Task:
     "An entry of a mixture file: which demonstrations make up a data set"
     dataset_dir:tuple[str, ...] # Folders; relative ones are beside the file
     camera_names:tuple[str, ...] = () # Cameras, in the order that the policy sees them (none named: the first folder's)
-    sample_weights:tuple[float, ...] = () # Share of the training samples that each folder gives (none named: by its steps)
+    sample_weights:tuple[float|int, ...] = () # Share of the training samples that each folder gives (none named: by its steps)
     name_filter:str = '' # Keep the episodes whose name within the folder fits this pattern, as '*fold*'
     skip_mirrored:bool = False # Leave out what has 'mirror' in its name within the folder
     train_only:tuple[str, ...] = () # Folders (as in dataset_dir) that hold no episode out
@@ -86,13 +86,15 @@ class Mixture:
         if odd := [n for n in self.train_only if n not in sources]: raise ValueError(f'train_only: expected some of {list(self.names)}, found {odd}')
         self.bounds, self.named = np.cumsum([0, *map(len, self.sources)]), tuple(cameras)
 
+    @property
+    def cameras(self): return self.named or tuple(self.sources[0].cameras)
     @cached_property
-    def cameras(self): # Late, so that the doctor can look at folders that do not fit together
-        have = self.named or tuple(self.sources[0].cameras)
+    def fits(self): # Late, so that the doctor can look at folders that do not fit together
+        need = set(self.cameras)
         for n,s in zip(self.names, self.sources):
-            miss, more = set(have)-set(s.cameras), set(s.cameras)-set(have)
-            if miss or more and not self.named: raise ValueError(f'{n}: cameras: expected {list(have)}' + ('' if self.named else f' as in {self.names[0]}') + f', found {list(s.cameras)}; name those that all have in camera_names')
-        return have
+            if need-set(s.cameras) or set(s.cameras)-need and not self.named: raise ValueError(f'{n}: cameras: expected {list(self.cameras)}' + ('' if self.named else f' as in {self.names[0]}') + f', found {list(s.cameras)}; name those that all have in camera_names')
+        return True
+
     def member(self, i): return np.searchsorted(self.bounds, i, 'right') - 1    # which source episode `i` is of; arrays too
     def _at(self, i):
         g = int(self.member(i))
@@ -103,7 +105,7 @@ class Mixture:
         g,j = self._at(i)
         return f'{self.names[g]}/{self.sources[g].describe(j)}'
     def episode(self, i):
-        g,j = self._at(i)
+        g,j = self.fits and self._at(i)
         try: ep = self.sources[g].episode(j)
         except ValueError as e: raise ValueError(f'{self.names[g]}/{e}') from None
         return ep if tuple(ep.cameras) == self.cameras else replace(ep, cameras={c: ep.cameras[c] for c in self.cameras})
@@ -112,7 +114,7 @@ class Mixture:
 
     def split(self, val_fraction:float|int=.1, seed:int=0)->tuple[np.ndarray, np.ndarray]: # Training and validation episodes
         "`split_episodes` of every source. ValueError, with its name, where one is too small"
-        sides = []
+        sides = [] if self.fits else None
         for n,s,at in zip(self.names, self.sources, self.bounds):
             try: sides.append([at+x for x in split_episodes(len(s), 0 if n in self.train_only else val_fraction, seed)])
             except ValueError as e: raise ValueError(f'{n}: {e}' + (', or name the folder in train_only' if val_fraction else '')) from None
