@@ -119,7 +119,7 @@ def adaln_zero(head:nn.Module): # A head whose weights to set
 
 # %% ../../nbs/heads/01_scaledp.ipynb #f4e5ac70
 class PooledScaleDP(ScaleDP):
-    "ScaleDP on the mean of all tokens, normalised (TinyVLA; adds `norm_after_pool`)"
+    "ScaleDP on the mean of all tokens, normalised (TinyVLA; adds `norm_after_pool`); arguments as for `ScaleDP`"
     def __init__(self, action_dim, state_dim, cond_dim, horizon, width=384, depth=12, heads=6, mlp_ratio=4., combine_width=1024, encode_time=sinusoid):
         super().__init__(action_dim, state_dim, cond_dim, horizon, width, depth, heads, mlp_ratio, combine_width, encode_time)
         self.norm_after_pool = nn.LayerNorm(cond_dim)
