@@ -272,3 +272,31 @@ def test_stats(tmp_path):
     del d['action_max']
     f.write_text(json.dumps(d))
     with pytest.raises(ValueError, match='action_max: expected'): dexvla_stats(f)
+
+
+def test_the_original_model_through_our_door_computes_what_it_computed(tmp_path):
+    "The recorded original, written as it is published, loaded into the policy: hidden states, fused vector, both losses"
+    from vla_nb.layers.film import windows_dexvla
+    from vla_nb.replay.dexvla import action_loss, image_id
+    from vla_nb.replay.recording import Recording, seeded_weights
+    rec = torch.load(Path(__file__).parent/'fixtures/dexvla_seeded.pt', weights_only=True)
+    made = rec['seeds']
+    w = seeded_weights(made['shapes'], made['all'])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(made['embedding'])
+        w['model.embed_tokens.weight'] = .3*torch.randn(made['shapes']['model.embed_tokens.weight'])
+    save_file(w, tmp_path/'model.safetensors')
+    config = vlm()
+    config['text_config'].update(num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6, rope_parameters=dict(rope_type='default', rope_theta=1e6, mrope_section=[2, 1, 1]))
+    config['image_token_id'] = image_id
+    with torch.device('meta'): p = policy(151936, time_embed='bf16', prediction='epsilon', noise_shift=1.)
+    p = DexVLAQwen(replace(p.config, vlm_config=config, head_heads=4), p.stats, p.tokenizer).eval()    # no shape tells the number of heads
+    assert load_released(p, tmp_path).ok
+    i = rec['inputs']
+    with torch.no_grad():
+        hidden = p.backbone(i['input_ids'], i['attention_mask'], (i['input_ids'] == image_id).long(), i['pixel_values'], i['image_grid_thw'])
+        z = p.fusion(hidden, *windows_dexvla(i['input_ids'], i['labels']))
+        torch.testing.assert_close(hidden[i['attention_mask']], rec['hidden_states'][i['attention_mask']], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(z[:,None], rec['action_hidden_states'], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(p.backbone.answer_loss(hidden, i['labels'])[0], rec['llm_loss'], atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(action_loss(Recording(Path(__file__).parent/'fixtures/dexvla_seeded.pt'), p.policy_head, z), rec['action_loss'], atol=1e-4, rtol=1e-5)
