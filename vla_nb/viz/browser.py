@@ -73,7 +73,7 @@ class EpisodeBrowser(w.VBox):
         self.source = source
         self.pick = w.IntSlider(episode, 0, len(source)-1, description='episode', continuous_update=False)
         self.step, self.play = w.IntSlider(0, 0, 0, description='step'), w.Play(0, 0, 0)
-        self.text, self.picture = w.HTML(), w.Image(format='png')
+        self.text, self.picture = w.HTML(), w.Image(format='png', layout=dict(align_self='flex-start', max_width='100%'))    # not stretched
         self.pick.observe(lambda _: self.load(), 'value')
         self.step.observe(lambda _: self.show(), 'value')
         w.link((self.play, 'value'), (self.step, 'value'))
