@@ -33,7 +33,7 @@ def path_strip(
 # %% ../../nbs/viz/03_denoise.ipynb #3bdf1d58
 def guesses(
     path:Float[np.ndarray, "s t a"], # A chunk at each stage of DDIM, the noise first
-    kept:Float[np.ndarray, "s"], # Share of the signal's variance at each stage (alpha-bar); 1 at the last
+    kept:Float[np.ndarray, "k"], # One a stage: the share of the signal's variance (alpha-bar); 1 at the last
 )->Float[np.ndarray, "s-1 t a"]: # The clean chunk that each step aimed at
     "What the model took the clean chunk to be, at each stage but the last"
     if len(kept) != len(path): raise ValueError(f'kept: expected {len(path)} shares, one a stage, found {len(kept)}; the noise has one too')
@@ -52,9 +52,9 @@ class DenoiseFigure:
     "One denoising path, at any stage"
     def __init__(self,
         path:Float[np.ndarray, "s t a"], # A chunk at each stage, the noise first
-        kept:Float[np.ndarray, "s"]|None = None, # As in `guesses`; None: the last chunk stands for the guess
+        kept:Float[np.ndarray, "k"]|None = None, # As in `guesses`; None: the last chunk stands for the guess
         names:Sequence[str]|None = None, # Of the action's dimensions
-        target:Float[np.ndarray, "t a"]|None = None, # What the expert did, dotted; None: unknown
+        target:Float[np.ndarray, "..."]|None = None, # What the expert did, one chunk, dotted; None: unknown
     ):
         if len(path) < 2: raise ValueError(f'path: expected at least two stages, found {len(path)}; keep the noise and every step of the sampler')
         if target is not None and target.shape != path.shape[1:]: raise ValueError(f'target: expected {path.shape[1:]}, found {target.shape}; it is one chunk')
@@ -93,7 +93,7 @@ class DenoiseStepper(w.VBox):
     "Step through the denoising of one or several chunks"
     def __init__(self,
         paths:Float[np.ndarray, "s t a"]|Float[np.ndarray, "b s t a"], # A path, or one for each sample
-        kept:Float[np.ndarray, "s"]|None = None, # As in `guesses`
+        kept:Float[np.ndarray, "k"]|None = None, # As in `guesses`
         names:Sequence[str]|None = None, # Of the action's dimensions
         targets:Float[np.ndarray, "t a"]|Float[np.ndarray, "b t a"]|None = None, # What the expert did
     ):
