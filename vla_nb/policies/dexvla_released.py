@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.lora import is_lora
-from ..core import Policy, atomic_path, write_json
+from ..core import Policy, atomic_path, write_json, write_weights
 from ..heads.scaledp import sizes
 from .dexvla_files import Released, layout_of, read_released
 
@@ -157,8 +157,7 @@ def export_released(
             from safetensors.torch import save_file
             save_file(bare, tmp/'head.safetensors')
         else:
-            from huggingface_hub import save_torch_state_dict
-            save_torch_state_dict(w, tmp, max_shard_size='5GB')
+            write_weights(tmp, w)
             write_json(tmp/'config.json', _config(policy, layout, w))
     return Path(folder)/('stage1.pt' if layout == 'stage1' else 'head.safetensors' if scope.get(layout) == 'policy_head.' else '')
 
