@@ -168,14 +168,15 @@ def training_rows(rec, parts):
     yield from compare_all(rec, 'grad_norms', {n: p.grad.norm() for n,p in named.items()})
 
 # %% ../../nbs/replay/06_dexvla.ipynb #2d1511d9
-def images_of(rec, prompt):
-    "Patches and grids of the training row that a prompt was taken from"
+def images_of(rec, prompt, state):
+    "Patches and grids of the training row that a prompt was taken from; of equal ones, that with the nearest state"
     ids, mask, grid, pixels = (rec[f'inputs/{k}'] for k in ('input_ids', 'attention_mask', 'image_grid_thw', 'pixel_values'))
     rows = [r for r in range(len(ids)) if torch.equal(ids[r][mask[r]][:len(prompt)], prompt)]
     if not rows: raise ValueError(f'{rec.path}: prompt: expected the beginning of a row of inputs/input_ids, found another; record its images too')
+    row = min(rows, key=lambda r: (rec['inputs/states'][r]-state).abs().max().item())
     patches, tokens = grid.prod(1), (ids == image_id).sum(1)
     per_token = patches.sum()//tokens.sum()
-    start, stop = tokens[:rows[0]].sum()*per_token, tokens[:rows[0]+1].sum()*per_token
+    start, stop = tokens[:row].sum()*per_token, tokens[:row+1].sum()*per_token
     ends = patches.cumsum(0)
     return pixels[start:stop], grid[(ends > start) & (ends <= stop)]
 
@@ -184,7 +185,7 @@ def evaluate_rows(rec, parts, case):
     "A greedy answer, its hidden states and the actions, and that ours are finite"
     backbone, fusion, head = parts
     prompt, out, state, noise = (rec[f'{case}/{k}'] for k in ('prompt', 'output_ids', 'states', 'noise0'))
-    (pixels, grid), n, s = images_of(rec, prompt[0]), out.shape[1]-prompt.shape[1], prompt.shape[1]
+    (pixels, grid), n, s = images_of(rec, prompt[0], state[0]), out.shape[1]-prompt.shape[1], prompt.shape[1]
     types, labels = (out == image_id).long(), torch.where(torch.arange(out.shape[1]) < s, -100, out)
     spoken = backbone.generate(prompt, torch.ones_like(prompt, dtype=torch.bool), types[:,:s], pixels, grid, end_id, pad_id, n)
     ids = torch.cat([prompt, spoken.ids], 1)
