@@ -25,11 +25,11 @@ def test_stepper_shows_each_stage_of_each_sample():
     p = paths()
     for k,targets in ((None, None), (kept, p[:,-1])):
         s = DenoiseStepper(p, k, list('ab'), targets)
-        for i,t in ((0, 0), (2, 10), (1, 5), (0, 3)):
+        for i,t in ((2, 10), (0, 3)):
             s.sample.value, s.stage.value = i, t
             assert s.play.value == t and s.caption.startswith(f'sample {i} · stage {t} of 10') and ('guess' in s.caption) == (k is not None)
             for j in range(2): assert np.array_equal(s.view.lines[j].get_ydata(), p[i,t,:,j])
-            assert bytes(s.picture.value) == DenoiseFigure(p[i], k, list('ab'), None if targets is None else targets[i]).png(t)
+        assert bytes(s.picture.value) == DenoiseFigure(p[0], k, list('ab'), None if targets is None else targets[0]).png(3)
     one = DenoiseStepper(p[0], targets=p[0,-1])
     assert one.sample.max == 0 and one.stage.max == 10
     assert not plt.get_fignums()

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from safetensors.torch import save_file
 
-from vla_nb.backbones.patches import budget, mrope_positions, to_patches
+from vla_nb.backbones.patches import budget, join_cameras, mrope_positions, to_patches
 from vla_nb.backbones.qwen2vl import Qwen2VL, qwen2vl_2b, qwen25vl_3b, tiny_config
 from vla_nb.backbones.qwen2vl_io import (from_fork, image_processor, load_qwen2vl, lora_targets, on_meta, save_qwen2vl, set_checkpointing, to_fork)
 from vla_nb.text.chat import Chat, collate, small_chat_tokenizer
@@ -147,6 +147,21 @@ def test_history_is_the_video_path(chat):
     assert torch.equal(m.patches(same)[0], m.patches(frames[:,:,0])[0])    # one frame is shown twice
 
 
+@torch.no_grad()
+def test_cameras_of_two_sizes(chat):
+    "Two calls, joined, are the images one after the other in each row"
+    m = tiny(chat)
+    images = torch.randint(0, 256, (2, 2, 3, 64, 64), dtype=torch.uint8)
+    cut = [to_patches(images[:,:1], 8), to_patches(images[:,1:], 8, min_pixels=32*32, max_pixels=32*32)]
+    x,grid = join_cameras(*cut, rows=2)
+    assert grid.tolist() == [[1, 8, 8], [1, 4, 4]]*2
+    b = chat.batch(tells, (16, 4))
+    h = m(b['input_ids'], b['attention_mask'], b['mm_token_type_ids'], x, grid)
+    k = b['attention_mask'][1]
+    one = m(b['input_ids'][1:,k], b['attention_mask'][1:,k], b['mm_token_type_ids'][1:,k], torch.cat([cut[0][0][64:], cut[1][0][16:]]), grid[2:])
+    assert (one[0] - h[1,k]).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize('make', [tiny, small_25])
 def test_positions(chat, make):
     "M-RoPE without a loop is transformers' own, for any mixture of grids"
@@ -262,6 +277,11 @@ def test_published_sizes(config, params, tensors):
     m = on_meta(config())
     assert sum(p.numel() for p in m.parameters()) == params and len(m.state_dict()) == tensors
     assert all(p.is_meta for p in m.parameters())
+    names = to_fork({k.removeprefix('vlm.'): v for k,v in m.state_dict().items()})
+    depth = m.config.text_config.num_hidden_layers
+    for k in ('visual.patch_embed.proj.weight', 'visual.blocks.31.attn.qkv.bias', 'visual.merger.mlp.2.weight', 'model.embed_tokens.weight', 'model.norm.weight',
+        f'model.layers.{depth-1}.self_attn.k_proj.bias', f'model.layers.{depth-1}.mlp.down_proj.weight'): assert k in names
+    assert tuple(names['visual.patch_embed.proj.weight'].shape) == (1280, 3, 2, 14, 14) and 'lm_head.weight' not in names
 
 
 @pytest.mark.parametrize('make,vision,language', [(tiny, 2*4, 2*7), (small_25, 2*5, 2*7)])

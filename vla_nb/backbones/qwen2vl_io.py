@@ -28,13 +28,15 @@ def load_qwen2vl(
     folder:str|Path, # A Qwen2-VL or Qwen2.5-VL folder: `config.json` and safetensors, sharded or not
     dtype:torch.dtype = torch.float32, # Of the weights in memory
     min_pixels:int = 56*56, max_pixels:int = 28*28*1280, # Bounds on an image's pixels after the resize
+    attention:str|None = None, # transformers' name of an attention kernel, such as 'flash_attention_2'; None: torch's own
 )->Qwen2VL:
     "Read a published model; every tensor must be there and fit"
     from transformers import AutoConfig
     folder = Path(folder)
     if not (folder/'config.json').exists(): raise FileNotFoundError(f'{folder}: expected a model folder with config.json, found none')
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    vlm,report = stock_class(config).from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True)
+    vlm,report = stock_class(config).from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True,
+        attn_implementation=attention, output_loading_info=True)
     wrong = {k: sorted(map(str, v))[:4] for k,v in report.items() if v}
     if wrong: raise ValueError(f'{folder}: expected exactly the tensors of {type(vlm).__name__}, found {wrong}; the folder is not complete, or config.json is another model\'s')
     with torch.device('meta'): model = Qwen2VL(config, min_pixels, max_pixels)

@@ -44,7 +44,7 @@ class Chat:
     def __init__(self, tokenizer): # Qwen's, or one that `small_chat_tokenizer` made
         self.tokenizer, self.prompts, self.answers = tokenizer, {}, {}
         missing = [s for s in ('<|im_end|>', '<|image_pad|>', '<|endoftext|>') if s not in tokenizer.get_vocab()]
-        if missing or not tokenizer.chat_template: raise ValueError(f'tokenizer: expected {missing or "a chat template"}, found none; use that of a Qwen2-VL folder or small_chat_tokenizer')
+        if missing or not tokenizer.chat_template: raise ValueError(f'tokenizer: expected {missing or "a chat template"}, found none; use that of a Qwen2-VL folder, or set chat_template = vla_nb.text.chat.template')
         self.end_id, self.image_id, self.pad_id = tokenizer.convert_tokens_to_ids(['<|im_end|>', '<|image_pad|>', '<|endoftext|>'])
         self.special_ids = np.array(sorted(tokenizer.added_tokens_decoder))
 
