@@ -1,12 +1,16 @@
 """Stage 1 and the stage presets: what is handed on, what is frozen, what is refused. Random images of 64 px, a few samples."""
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest, torch
 from torch import nn
 
 from vla_nb.core import Samples
+from vla_nb.dexvla_stages import on_meta, presets, write_sizes
 from vla_nb.policies.dexvla_config import tiny
 from vla_nb.policies.dexvla_qwen import DexVLAQwen
+from vla_nb.policies.divla_tinyvla import DiVLAQwen, TinyVLAQwen
 from vla_nb.policies.dexvla_released import export_released, load_released
 from vla_nb.policies.scaledp_stage1 import ScaleDPStage1, ScaleDPStage1Config, export_stage1_head, resnet50
 from vla_nb.train.config import TrainConfig
@@ -156,3 +160,63 @@ def test_the_loop_trains_it(data, stats, tmp_path):
 def test_the_published_sizes_need_no_folder_on_the_meta_device():
     c = resnet50()
     assert (c.cond_dim, c.head_size, c.horizon, c.frozen) == (1536, 'H', 50, ('text',))
+
+
+# ---- presets, at full size on the meta device
+
+
+@pytest.fixture(scope='module')
+def counted(tmp_path_factory):
+    path = tmp_path_factory.mktemp('sizes')/'sizes.json'
+    write_sizes(path)
+    return json.loads(path.read_text())
+
+
+def test_the_committed_table_is_what_the_code_counts(counted):
+    assert json.loads((Path(__file__).parent.parent/'results/dexvla_sizes.json').read_text()) == counted
+
+
+def test_what_each_stage_trains(counted):
+    trained = {name: {r['group'] for r in f['groups'] if r['trained']} for name,f in counted.items()}
+    whole = {'vision', 'merger', 'language', 'fusion', 'head'}
+    assert trained == dict(stage1={'image', 'head'}, stage2=whole, stage2_paper=whole - {'vision'}, stage3=whole,
+        divla={'vision_lora', 'language_lora', 'fusion', 'head'}, lora_debug={'vision_lora', 'language_lora', 'fusion', 'head'})
+    assert {r['lr'] for r in counted['divla']['groups'] if r['group'] in ('fusion', 'head')} == {2e-4}
+    assert {r['lr'] for r in counted['divla']['groups'] if r['group'].endswith('lora')} == {2e-5}
+
+
+def test_counts_are_the_published_ones(counted):
+    n = {name: {r['group']: r['parameters'] for r in f['groups']} for name,f in counted.items()}
+    assert (n['stage1']['image'], n['stage1']['text']) == (23_508_032, 66_362_880)
+    for name in ('stage2', 'divla', 'lora_debug'): assert sum(n[name][g] for g in ('vision', 'merger', 'language')) == 2_208_985_600
+    assert [round(n[k]['head']/1e6, 1) for k in ('stage2', 'lora_debug', 'divla')] == [955.9, 462.6, 89.6]
+    layers = {k: v for k,v in counted['stage2']['tensors'].items() if 'layers.*.self_attn.q_proj.weight' in k}
+    assert layers == {'backbone.vlm.model.language_model.layers.*.self_attn.q_proj.weight [1536 x 1536]': '28 in language'}
+
+
+def test_the_runs_are_those_of_the_scripts():
+    t = {k: f()[1] for k,f in presets.items()}
+    assert {(c.betas, c.eps, c.weight_decay, c.precision) for c in t.values()} == {((.9, .98), 1e-7, 0., 'bf16')}
+    assert {k: (c.steps, c.batch_size, c.lr, c.schedule, c.warmup) for k,c in t.items()} == dict(stage1=(40_000, 32, 1e-4, 'cosine', 400), stage2=(100_000, 12, 2e-5, 'constant', 1000),
+        stage2_paper=(100_000, 12, 2e-5, 'constant', 1000), stage3=(80_000, 12, 2e-5, 'cosine', 80), divla=(60_000, 12, 2e-5, 'cosine', 600), lora_debug=(80_000, 2, 2e-5, 'cosine', 80))
+    assert [lr_factor(k, t['stage2']) for k in (0, 499, 999, 99_999)] == [.001, .5, 1., 1.]
+    assert {k: f()[0].horizon for k,f in presets.items()} == dict(stage1=50, stage2=50, stage2_paper=50, stage3=50, divla=16, lora_debug=50)
+    assert all(f()[0].use_reasoning for k,f in presets.items() if k != 'stage1')
+
+
+def test_stage_1s_head_fits_stage_2_at_full_size():
+    first, second = (on_meta(presets[k]()[0]) for k in ('stage1', 'stage2'))
+    a, b = ({k: p.shape for k,p in m.policy_head.named_parameters()} for m in (first, second))
+    assert a == b and first.config.prediction == second.config.prediction and first.config.noise_shift == second.config.noise_shift
+
+
+@pytest.mark.parametrize('cls,layout', [(DiVLAQwen, 'divla'), (TinyVLAQwen, 'tinyvla')])
+def test_relatives_go_out_and_come_back(data, stats, tmp_path, cls, layout):
+    c = cls.Config(vocab=300, width=32, depth=1, heads=2, kv_heads=1, mlp=48, vision_width=32, vision_depth=1, vision_heads=2)
+    one, two = (cls.from_data(c, data.instruction + data.subtask, stats, seed) for seed in (0, 1))
+    one = awake(one)
+    r = load_released(two, export_released(one, tmp_path/'out', layout))
+    assert r.ok and r.layout == layout
+    for (k,a),b in zip(one.named_parameters(), two.parameters()): assert k.startswith('guide.') or torch.equal(a, b), k
+    q = second(data, stats)
+    with pytest.raises(ValueError, match='does not fit'): load_released(q, tmp_path/'out')
