@@ -163,6 +163,7 @@ def act(self:DexVLAQwen,
     reasoning:list[str]|None = None, # What each robot is taken to have said; None: its own words
 )->Actions: # Chunks in robot units, and what was said
     "Say what is to be done, then do it"
+    if reasoning is not None and len(reasoning) != len(obs): raise ValueError(f'reasoning: expected {len(obs)}, one for each robot, found {len(reasoning)}')
     c, device, images = self.config, self.device, obs.images.to(self.device)
     if c.use_reasoning and reasoning is None: *thought, text = self._speak(images, list(obs.instruction))
     else:
