@@ -69,9 +69,8 @@ class DexVLAQwen(Policy):
 # %% ../../nbs/policies/02_dexvla_qwen.ipynb #9096046f
 def small_config(c:ActConfig, tokenizer): # A `Qwen2VLConfig`
     "The tiny language model that the settings describe"
-    vlm = tiny_config(len(tokenizer), tokenizer.convert_tokens_to_ids('<|image_pad|>'), c.width, c.depth, c.heads, c.kv_heads, c.mlp, c.vision_width, c.vision_depth, c.vision_heads, c.patch)
-    vlm.text_config.initializer_range = vlm.vision_config.initializer_range = c.init
-    return vlm
+    return tiny_config(len(tokenizer), tokenizer.convert_tokens_to_ids('<|image_pad|>'), c.width, c.depth, c.heads, c.kv_heads, c.mlp,
+        c.vision_width, c.vision_depth, c.vision_heads, c.patch, init=c.init)
 
 def from_data(cls,
     config:ActConfig, # Settings, of this class
