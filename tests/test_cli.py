@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np, pytest
 
-from vla_nb.cli import COMMANDS, Train, find_policy, main, only_one
+from vla_nb.cli import COMMANDS, main
+from vla_nb.run import Train, find_policy, only_one
 from vla_nb.data.episode import Episode
 from vla_nb.data.hdf5 import write_episode
 from vla_nb.train.checkpoint import latest
@@ -71,7 +72,7 @@ def test_resume_of_a_finished_run_changes_nothing(data, run):
 
 def test_two_processes_may_not_train_in_one_folder(tmp_path):
     with only_one(tmp_path):
-        code = f'from vla_nb.cli import only_one; from pathlib import Path\nwith only_one(Path({str(tmp_path)!r})): pass'
+        code = f'from vla_nb.run import only_one; from pathlib import Path\nwith only_one(Path({str(tmp_path)!r})): pass'
         r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert r.returncode and 'another process is training here' in r.stderr
 
