@@ -30,6 +30,12 @@ def test_definitions_stand_in_the_order_of_the_module():
     assert '```' in out[4].outputs[0].data['text/markdown'], 'a hidden source keeps its signature'
 
 
+def test_links_to_methods_and_private_functions_have_a_target():
+    src = mk_cell('#| exports: true\nclass Arm:\n    def __init__(self): pass\n    def move(self): pass\ndef _help(): pass')
+    head = build.reorder([doc('Arm', 1), src])[0].outputs[0].data['text/markdown']
+    assert '### Arm {#arm}' in head and '<span id="arm.move"></span><span id="_help"></span>' in head and '__init__' not in head
+
+
 def test_private_sources_stay_where_they_were():
     a, b = source('_helper'), source('public')
     out = build.reorder([a, doc('public', 9), b])
