@@ -93,3 +93,46 @@ def test_a_peer_that_fails_is_named_in_the_record(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, 'peers', lambda: iter([('mine', 'uint8 224', lambda *a: 1/0)]))
     (tmp_path/'b').mkdir()
     with pytest.raises(ZeroDivisionError): bench.open_ways(tmp_path/'b', panning(1, 4, height=48, width=64), 2, (24, 24), 0)
+
+
+@pytest.fixture(scope='module')
+def step(tmp_path_factory):
+    from vla_nb.bench_step import bench_step
+    out, threads = tmp_path_factory.mktemp('bench')/'results'/'bench_step.json', torch.get_num_threads()
+    r = bench_step(out, quick=True)
+    assert torch.get_num_threads() == threads, 'the number of threads was not put back'
+    return r, json.loads(out.read_text())
+
+
+def test_the_steps_compared_are_the_same_step(step):
+    a = step[0]['agreement']
+    assert a['loss'] < 1e-5 and a['gradient'] < 1e-5 and a['worst'] < 1e-4 and a['tensors'] > 50
+
+
+def test_step_record(step):
+    from vla_nb.bench_step import step_table
+    r, saved = step
+    assert saved == r and saved['quick'] and saved['seed'] == 0 and 'commit' in saved and saved['hardware']['cores'] >= 1
+    assert [x['name'] for x in r['rows']] == ['original, as shipped', 'original, without gc', 'ours', 'ours, with gradient checkpointing']
+    assert r['rows'][0]['speedup'] == 1 and all(x['cpu_ms'] > x['loading_ms'] > 0 for x in r['rows'])
+    kept = {x['name']: x['kept_mb'] for x in r['rows']}
+    assert kept['ours, with gradient checkpointing'] < kept['ours'] <= kept['original, without gc'] == kept['original, as shipped']
+    assert len(r['pieces']) == 3 and not re.search(r'/(tmp|root|home|work)\b', json.dumps(saved))
+    assert step_table(r).count('\n') == 4 + 1 + 3 + 2
+
+
+def test_ways_that_differ_are_not_timed(step, monkeypatch):
+    "A step that computes something else is refused, however fast"
+    from vla_nb import bench_step as b
+    right = b.ce_everywhere
+    monkeypatch.setattr(b, 'ce_everywhere', lambda *a: 1.01*right(*a))
+    with pytest.raises(AssertionError, match='do not compute the same'): b.bench_step(None, quick=True)
+
+
+def test_kept_bytes_are_counted_once():
+    from vla_nb.bench_step import Way, kept_bytes
+    w, x = torch.nn.Linear(4, 4, bias=False), torch.ones(8, 4)
+    def loss(m, b):
+        h = m(b).exp()    # keeps the input, and its own answer
+        return h*h        # keeps the same memory twice
+    assert kept_bytes(Way('w', w, lambda k: x, loss, torch.optim.SGD(w.parameters()))) == 2*8*4*4

@@ -53,7 +53,11 @@ def prune(
 def sweep(out:str|Path):
     "Remove what killed processes left: half-written and half-deleted checkpoints and logs"
     for p in Path(out).glob('.*'):
-        if re.match(r'\.+(checkpoint-|log\.jsonl\.)', p.name): shutil.rmtree(p) if p.is_dir() else p.unlink()
+        if not re.match(r'\.+(checkpoint-|log\.jsonl\.)', p.name): continue
+        real = p.with_name(p.name.split('.')[1])
+        if p.suffix == '.old' and not real.exists(): os.replace(p, real)    # killed between the two renames that replace a folder
+        elif p.is_dir(): shutil.rmtree(p)
+        else: p.unlink()
 
 # %% ../../nbs/train/04_checkpoint.ipynb #7f39f548
 def rng_state(device:torch.device)->Tensor: # uint8, on the CPU

@@ -9,7 +9,7 @@ __all__ = ['TrainConfig', 'unknown_name', 'read_settings', 'load_config', 'defau
 
 # %% ../../nbs/train/01_config.ipynb #2d0ba3aa
 import json, sys
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType

@@ -127,7 +127,7 @@ def start(self:Trainer, resume:bool)->int: # Steps done
     "Prepare the run's folder; continue from its newest whole checkpoint, if asked to"
     torch.manual_seed(self.cfg.seed*1000003 + self.rank)
     last = latest(self.out)
-    if last and not resume: raise ValueError(f'{self.out}: expected a new folder, found {last.name}; continue it with resume, or choose another folder')
+    if last and not resume: raise ValueError(f'{self.out}: expected a new folder, found {last.name}; continue it with resume (--resume), or choose another folder')
     if self.main:
         self.out.mkdir(parents=True, exist_ok=True)
         sweep(self.out)
@@ -187,7 +187,7 @@ def train(
         t.engine.close()
     if stop:
         s = signal.Signals(signals.received or signal.SIGTERM)
-        if t.main: print(f'stopped by {s.name} after step {step} of {cfg.steps}; wrote {saved}; continue it with resume', file=sys.stderr)
+        if t.main: print(f'stopped by {s.name} after step {step} of {cfg.steps}; wrote {saved}; continue it with resume (--resume)', file=sys.stderr)
         raise SystemExit(128+s)
     spent = time.perf_counter()-began
     return dict(steps=step, checkpoint=str(saved), log=str(track.file), seconds=round(spent, 3), samples_per_s=round((step-first)*cfg.batch_size*cfg.accumulate*t.world/spent, 2), **{k: v for k,v in row.items() if 'loss' in k or k.startswith('val/')})
