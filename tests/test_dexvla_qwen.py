@@ -12,6 +12,8 @@ from vla_nb.backbones.lora import attach, is_lora, merge
 from vla_nb.backbones.qwen2vl import qwen2vl_2b as published
 from vla_nb.backbones.qwen2vl_io import save_qwen2vl
 from vla_nb.core import Batch, Observation, Samples, draw_uniform
+from vla_nb.eval.point import PointReach
+from vla_nb.eval.rollout import rollout
 from vla_nb.heads.scaledp import sizes
 from vla_nb.layers.film import answer_masks
 from vla_nb.policies.dexvla_config import DexVLAQwenConfig, part_of, qwen2vl_2b
@@ -346,3 +348,11 @@ def test_a_run_goes_on_where_it_stopped(data, stats, tmp_path, kw):
     (a, x), (b, y) = run(tmp_path/'a', [4]), run(tmp_path/'b', [2, 4])
     assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items()) and x['val/llm'] == y['val/llm']
     assert {'loss/action', 'loss/llm', 'loss/guide', 'val/action'} <= set(x)
+
+
+def test_receding_horizon_does_not_depend_on_how_many_robots(data, stats):
+    "Speaking and acting in closed loop, four worlds at once and one by one"
+    move = dict(state=dict(mean=[0.]*2, std=[.5]*2, min=[-1.]*2, max=[1.]*2), action=dict(mean=[0.]*2, std=[.1]*2, min=[-.1]*2, max=[.1]*2))
+    p = awake(make(data, move, max_new_tokens=3))
+    (many, one) = ([(e.task, e.seed, e.steps, e.achieved) for e in rollout(p.act, PointReach, PointReach.tasks[:2], [0, 1], n_envs=n, progress=False)] for n in (4, 1))
+    assert many == one and len(many) == 4
