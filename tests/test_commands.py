@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from vla_nb.cli import COMMANDS
+from vla_nb.run import train_settings
 from vla_nb.train.config import parse_config
 
 root = Path(__file__).resolve().parent.parent
@@ -22,5 +23,5 @@ def commands():
 @pytest.mark.parametrize('line', list(commands()))
 def test_shown_commands_are_accepted(line, capsys):
     _, name, *words = shlex.split(line, comments=True)
-    try: parse_config(COMMANDS[name][0], words, prog=f'vla-nb {name}')
+    try: parse_config(train_settings(words) if name == 'train' else COMMANDS[name][0], words, prog=f'vla-nb {name}')
     except SystemExit: pytest.fail(f'{line}\n{capsys.readouterr()}')
