@@ -8,7 +8,7 @@ Docs: https://example.github.io/vla_nb/data/convert.html.md"""
 __all__ = ['psnr', 'compare', 'Format', 'hdf5', 'claim', 'convert']
 
 # %% ../../nbs/data/12_convert.ipynb #871e4965
-import json
+import json, shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -57,9 +57,11 @@ def compare(
 @dataclass(frozen=True)
 class Format:
     "How episodes of one kind are written, and read back"
-    suffix:str # What a name ends with
+    suffix:str # What a name ends with; empty: each episode is a folder
     write:Callable[[Path, Episode], object] # Writes one episode, whole or not at all
     read:Callable[[Path], EpisodeSource] # Reads what `write` wrote, as a source of one episode
+    place:Callable[[int, Episode], str] = lambda i, ep: f'episode_{i:06d}' # Its name within the folder
+    finish:Callable[[Path, EpisodeSource], object]|None = None # Writes what belongs to all episodes, when they are there
 
 def hdf5(
     compress:str|None = 'jpeg', quality:int = 95, # As for `write_episode`
@@ -81,7 +83,7 @@ def claim(
         if odd: raise ValueError(f'{sign}: {odd[0]}: expected {key.get(odd[0])!r}, found {was.get(odd[0])!r}: made of other data or with other settings; name another folder')
     elif out.exists() and any(out.iterdir()): raise ValueError(f'{out}: expected a new or empty folder, found {sum(1 for _ in out.iterdir())} things in it; name another folder')
     else: write_json(sign, key)
-    for p in out.rglob('.*.tmp'): p.unlink() if p.is_file() else None    # of a run that was killed while it wrote
+    for p in [*out.rglob('.*.tmp')]: shutil.rmtree(p) if p.is_dir() else p.unlink()    # of a run that was killed while it wrote
     return out
 
 # %% ../../nbs/data/12_convert.ipynb #01c1c7e7
@@ -97,14 +99,16 @@ def convert(
     if rest := declared(source.folder) if getattr(source, 'folder', None) else (): declare(out, *rest)
     written, worst = 0, float('inf')
     for i in tqdm(range(len(source)), desc='convert', unit='episode', disable=not progress):
-        path = out/f'episode_{i:06d}{to.suffix}'
-        if path.exists(): continue
+        path = None
         try:
             ep = source.episode(i)
+            path = out/(to.place(i, ep) + to.suffix)
+            if path.exists(): continue
             to.write(path, ep)
             if verify: worst = min(worst, compare(ep, to.read(path).episode(0)))
         except (ValueError, OSError) as e:
-            if path.is_file(): path.unlink()    # not what it should be
+            if path and path.exists(): shutil.rmtree(path) if path.is_dir() else path.unlink()    # not what it should be
             raise ValueError(f'{source.describe(i)}: {e}; {written} episodes of this run are in {out}, run again to go on') from e
         written += 1
+    if to.finish: to.finish(out, source)
     return dict(episodes=len(source), written=written, psnr=None if worst == float('inf') else round(worst, 1))

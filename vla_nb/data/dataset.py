@@ -16,8 +16,10 @@ import numpy as np
 
 from .cache import CacheSource
 from .episode import EpisodeSource, Subset, digest, split_episodes
+from .folders import FolderSource, find_runs
 from .hdf5 import Hdf5Source, find_episodes
 from .mixture import MixedWindows, Mixture, open_mixture
+from .parquet import ParquetSource, find_tables
 from .windows import Windows
 
 # %% ../../nbs/data/19_dataset.ipynb #2cd2d5d0
@@ -29,8 +31,11 @@ def open_source(
     if path.suffix.split(':')[0] in ('.json', '.yaml', '.yml') and not path.is_dir(): return open_mixture(path, open_source)
     if not path.is_dir(): raise FileNotFoundError(f'{path}: expected a folder of demonstrations; found none. Record some: vla-nb record --out {path}')
     if (path/'meta.json').exists(): return CacheSource(path)
-    if find_episodes(path): return Hdf5Source(path)
-    raise ValueError(f'{path}: expected *.hdf5 episodes or a meta.json of `vla-nb cache`; found neither')
+    kinds = {'*.hdf5 episodes': (find_episodes(path), Hdf5Source), '*.parquet tables': (find_tables(path), ParquetSource), 'runs with actions.npy': (find_runs(path), FolderSource)}
+    found = [k for k,(files,_) in kinds.items() if files]
+    if len(found) > 1: raise ValueError(f'{path}: expected one kind of data, found {" and ".join(found)}; name a folder that holds one of them')
+    if found: return kinds[found[0]][1](path)
+    raise ValueError(f'{path}: expected {", ".join(kinds)} or a meta.json of `vla-nb cache`; found none of them')
 
 # %% ../../nbs/data/19_dataset.ipynb #445b02a1
 @dataclass(frozen=True)
