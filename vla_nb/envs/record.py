@@ -34,15 +34,17 @@ def demonstrate(
     "One episode of the scripted expert; what is executed is disturbed, what is recorded is not"
     obs = env.reset(seed, task)
     rng, e, images, state, action = np.random.default_rng([seed, env.tasks.index(task), 1]), np.zeros(env.action_dim), [], [], []
+    think, said = getattr(env, 'reasoning', None), []    # not every environment thinks aloud
     astray, way = rng.integers(push+1), rng.uniform(-1, 1, env.action_dim)
     for t in range(env.max_steps + astray):
         e = smooth*e + noise*(1 - smooth**2)**.5*rng.standard_normal(env.action_dim)
         images.append(rearrange(obs.images[0], 'n c h w -> n h w c').numpy()); state.append(obs.state[0].numpy()); action.append(env.expert())
+        if think: said.append(think())
         env.step((way if t < astray else action[-1]) + e)
         if env.achieved(): break
         obs = env.observe()
     frames = rearrange(np.stack(images), 'l n h w c -> n l h w c')
-    return Episode({c: ArrayFrames(f) for c,f in zip(env.cameras, frames)}, np.stack(state), np.stack(action), obs.instruction[0],
+    return Episode({c: ArrayFrames(f) for c,f in zip(env.cameras, frames)}, np.stack(state), np.stack(action), obs.instruction[0], said or None,
         success=env.achieved() == task, fps=env.fps, may_rest=tuple(env.may_rest))
 
 # %% ../../nbs/envs/04_record.ipynb #84a8717f
@@ -76,7 +78,8 @@ class _Here: # The same face as a pool of processes, in this one
 # %% ../../nbs/envs/04_record.ipynb #5c5e11e3
 def _check_folder(folder, settings): # Refuse to mix two recordings; sweep out what a killed run left half-written
     old = folder/'record.json'
-    was = json.loads(old.read_text())['settings'] if old.exists() else settings
+    was = json.loads(old.read_text()).get('settings') if old.exists() else settings
+    if was is None: raise ValueError(f'{old}: settings: expected those of a recording, found none; record into another folder')
     for k in sorted({*was, *settings}):
         if was.get(k) != settings.get(k):
             raise ValueError(f'{old}: {k}: expected {settings.get(k)!r} as in this run, found {was.get(k)!r}; record into another folder')

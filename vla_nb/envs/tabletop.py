@@ -50,13 +50,18 @@ class Task:
     limit:float # Done when the joint has moved this far, in its sign's direction: m or rad
     phrases:tuple[str, ...] # What it is called in training
     heldout:tuple[str, ...] # Other ways to say it, in words that training used
+    thing:str # What the part is called when one thinks about it
+    act:str # What is done to it, once the hand is there
+    there:tuple[float, ...] # Where that is: x, y, z in m off the point that the expert steers by; NaN where it does not matter
 
 # %% ../../nbs/envs/03_tabletop.ipynb #a6a7b8f7
 def press(name, phrases, heldout):
-    return Task('button-press-v3', name, ('body', f'{name}-button', (0, -.193, 0)), f'{name}-btnbox_joint', -.05, phrases, heldout)
+    return Task('button-press-v3', name, ('body', f'{name}-button', (0, -.193, 0)), f'{name}-btnbox_joint', -.05, phrases, heldout,
+        f'{name} button'.removeprefix('button '), 'press it', (0., np.nan, -.07))
 
-def turn(expert, site, limit, phrases, heldout):
-    return Task(expert, 'faucet', ('site', f'faucet-{site}', (0, 0, -.01)), 'faucet-knob_Joint_1', limit, phrases, heldout)
+def turn(expert, site, limit, way, phrases, heldout):
+    return Task(expert, 'faucet', ('site', f'faucet-{site}', (0, 0, -.01)), 'faucet-knob_Joint_1', limit, phrases, heldout,
+        'faucet', f'turn it {way}', (-.04*np.sign(limit), 0., np.nan))
 
 # %% ../../nbs/envs/03_tabletop.ipynb #ef6ff869
 @dataclass(frozen=True)
@@ -76,11 +81,12 @@ SUITES = dict(
                   (-.28, 0., .28), (.87, .87, .87), (.018, .04), 60),
     desk=Suite(DESK, dict(
         drawer=Task('drawer-open-v3', 'drawer', ('body', 'drawer-drawer_link', (0, -.16, 0)), 'drawer-goal_slidey', -.14,
-                    ('open the drawer', 'pull the drawer open', 'slide the drawer out'), ('pull the drawer out', 'slide the drawer open')),
+                    ('open the drawer', 'pull the drawer open', 'slide the drawer out'), ('pull the drawer out', 'slide the drawer open'),
+                    'drawer', 'pull it open', (0., 0., np.nan)),
         button=press('button', ('press the button', 'push the button in', 'hit the red button'), ('hit the button', 'press the red button')),
-        left=turn('faucet-close-v3', 'handleStartClose', -1., ('turn the faucet left', 'rotate the tap to the left', 'twist the handle to the left'),
+        left=turn('faucet-close-v3', 'handleStartClose', -1., 'left', ('turn the faucet left', 'rotate the tap to the left', 'twist the handle to the left'),
                   ('turn the tap left', 'rotate the faucet to the left')),
-        right=turn('faucet-open-v3', 'handleStartOpen', 1., ('turn the faucet right', 'rotate the tap to the right', 'twist the handle to the right'),
+        right=turn('faucet-open-v3', 'handleStartOpen', 1., 'right', ('turn the faucet right', 'rotate the tap to the right', 'twist the handle to the right'),
                    ('turn the tap right', 'rotate the faucet to the right'))),
         (-.3, 0., .3), (.9, .87, .82), (.018, .02), 90))
 
@@ -207,17 +213,33 @@ def achieved(self:Tabletop)->str|None: # A task id; the first that was achieved 
     "Which task has been done, whatever was said"
     return self.done
 
-# %% ../../nbs/envs/03_tabletop.ipynb #f1160801
+# %% ../../nbs/envs/03_tabletop.ipynb #6db20bfc
+@patch
+def _point(self:Tabletop, t): # What the expert of a task steers by: x, y, z in m
+    kind, name, off = t.point
+    return (self.data.body(name) if kind == 'body' else self.data.site(name)).xpos + off
+
 @patch
 def expert(self:Tabletop)->np.ndarray: # (4,) action
     "What Meta-World's scripted policy would do: the mean of its next four 80 Hz actions, tried out and taken back"
     t, before, us = self.suite.tasks[self.task], self._get(), []
-    kind, name, off = t.point
     for _ in range(self.hold):
-        thing = self.data.body(name).xpos if kind == 'body' else self.data.site(name).xpos
-        obs = np.concatenate([self.state(), thing + off, np.zeros(32)])
+        obs = np.concatenate([self.state(), self._point(t), np.zeros(32)])
         with warnings.catch_warnings(action='ignore'): u = self.experts[self.task].get_action(obs)
         us.append(np.clip(u, -1, 1))
         self._sub(us[-1].astype(float))
     self._set(before)
     return np.mean(us, axis=0, dtype=np.float32)
+
+# %% ../../nbs/envs/03_tabletop.ipynb #dd4f18ed
+@patch
+def reasoning(self:Tabletop,
+    task:str|None=None, # One of `self.tasks`; None: the present one
+)->str: # As in 'the red button is on the left, move to it.'
+    "What is to be done for a task in the present state, in words"
+    if task not in (None, *self.tasks): raise ValueError(f'task: expected one of {self.tasks}, found {task!r}')
+    t = self.suite.tasks[task or self.task]
+    x = {p.name: self.model.body(f'{p.name}-{p.body}').pos[0] for p in self.suite.parts}
+    where = ('on the left', 'in the middle', 'on the right')[sum(o > x[t.part] for o in x.values())]    # the camera faces the robot
+    away = np.nanmax(np.abs(self.data.body('hand').xpos - self._point(t) - t.there))
+    return f'the {t.thing} is {where}, {"move to it" if away > .05 else t.act}.'
