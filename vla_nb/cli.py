@@ -110,12 +110,15 @@ class Convert:
     "Rewrite demonstrations in another format, frame for frame"
     data:Positional[Path] # Folder of demonstrations
     out:Path # Folder to write; run it again to go on where it stopped
-    to:Literal['hdf5', 'folders'] = 'hdf5' # Format to write
+    to:Literal['hdf5', 'folders', 'parquet'] = 'hdf5' # Format to write
+    lossless:bool = False # Write frames that are not JPEG already without loss, instead of as JPEG
 
 def convert(c:Convert):
     from vla_nb.data import convert as to
     from vla_nb.data.folders import folders
-    s = to.convert(open_source(c.data), c.out, to={'hdf5': to.hdf5, 'folders': folders}[c.to]())
+    from vla_nb.data.parquet import parquet
+    formats = {'hdf5': to.hdf5(None if c.lossless else 'jpeg'), 'folders': folders(c.lossless), 'parquet': parquet(c.lossless)}
+    s = to.convert(open_source(c.data), c.out, to=formats[c.to])
     print(f'wrote {s["written"]} of {s["episodes"]} episodes to {c.out}\nnext: vla-nb doctor {c.out}')
 
 # %% ../nbs/04_cli.ipynb #6c28f634
@@ -136,9 +139,14 @@ class Bench:
     out:Path|None = None # JSON file for the numbers (none: results/bench_WHAT.json)
 
 def bench(c:Bench):
-    from vla_nb.bench import bench_data
-    from vla_nb.bench_step import bench_step
-    {'data': bench_data, 'step': bench_step}[c.what](out=c.out or Path(f'results/bench_{c.what}.json'), quick=c.quick)
+    out = c.out or Path(f'results/bench_{c.what}.json')
+    if c.what == 'data':
+        from vla_nb.bench import bench_data
+        return bench_data(out=out, quick=c.quick) and None
+    from vla_nb.bench_step import bench_step, step_table
+    found = bench_step(out=out, quick=c.quick)
+    print(f'{step_table(found)}\nwrote {out}')
+    return 0 if found['quick'] or found['met'] else 1
 
 # %% ../nbs/04_cli.ipynb #0be66cc3
 COMMANDS = {'demo': (Demo, demo), 'record': (Record, record), 'train': (Train, train), 'eval': (Eval, eval_), 'export': (Export, export), 'stats': (Stats, stats),
