@@ -12,13 +12,17 @@ from pathlib import Path
 
 from .replay.dexvla import dexvla
 from .replay.dexvla_dataset import dexvla_dataset
+from .replay.fast import fast
 from .replay.film import film
+from .replay.pi import pi
+from .replay.preproc import preproc
 from .replay.recording import Recording, Row
 from .replay.scaledp import scaledp
 from .replay.unet1d import unet1d
 
 # %% ../nbs/01_parity.ipynb #5b3df913
-kinds = dict(scaledp=scaledp, film=film, unet1d=unet1d, dexvla=dexvla, dexvla_dataset=dexvla_dataset) # kind -> generator of rows
+kinds = dict(scaledp=scaledp, film=film, unet1d=unet1d, dexvla=dexvla, dexvla_dataset=dexvla_dataset,
+    pi05=pi, pi0=pi, preproc=preproc, fast=fast) # kind -> generator of rows
 
 # %% ../nbs/01_parity.ipynb #f2105bb7
 def check(

@@ -8,6 +8,7 @@ Docs: https://example.github.io/vla_nb/replay/recording.html.md"""
 __all__ = ['Recording', 'Row', 'compare', 'compare_all', 'load_weights', 'seeded_weights']
 
 # %% ../../nbs/replay/01_recording.ipynb #f6801a2b
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,14 +25,27 @@ def _flat(tree, prefix=''):
         if nested: yield from _flat(v, f'{prefix}{k}/')
         else: yield f'{prefix}{k}', v
 
+def _numbers(x): # A leaf of JSON
+    if not isinstance(x, list): return x
+    try: t = torch.tensor(x)
+    except (ValueError, TypeError): return x    # rows of unequal length, or words
+    return torch.tensor(x, dtype=torch.float64) if t.is_floating_point() else t
+
+def _read(path, as_json):
+    try:
+        if not as_json: return torch.load(path, weights_only=True, map_location='cpu')
+        return json.loads(Path(path).read_text())
+    except (UnpicklingError, EOFError, RuntimeError, ValueError) as e:
+        raise ValueError(f'{path}: expected a recording that {"json" if as_json else "torch.load(weights_only=True)"} can read, found {type(e).__name__}; record it again') from e
+
 class Recording:
-    "A file of reference tensors, by paths such as 'train/loss', that knows which were read"
-    def __init__(self, path:str|Path): # A `.pt` file: nested dicts with a `kind`
-        try: tree = torch.load(path, weights_only=True, map_location='cpu')
-        except (UnpicklingError, EOFError, RuntimeError) as e:
-            raise ValueError(f'{path}: expected a recording that torch.load(weights_only=True) can read, found {type(e).__name__}; record it again') from e
+    "A file of reference values, by paths such as 'train/loss', that knows which were read"
+    def __init__(self, path:str|Path): # A `.pt` or `.json` file: nested dicts with a `kind`
+        self.json = Path(path).suffix == '.json'
+        tree = _read(path, self.json)
         if not isinstance(tree, Mapping) or 'kind' not in tree: raise ValueError(f"{path}: expected a dict with `kind`, found {type(tree).__name__}; see the page `recording`")
-        self.path, self.kind, self.values, self.read = path, tree['kind'], dict(_flat(tree)), set()
+        self.path, self.kind, self.values, self.read = path, tree['kind'], dict(_flat(tree)), {'kind'}
+        if self.json: self.values = {k: _numbers(v) for k,v in self.values.items()}
 
     def __contains__(self, key): return any(k == key or k.startswith(f'{key}/') for k in self.values)
     def __getitem__(self, key):
@@ -49,7 +63,7 @@ class Recording:
         "Read everything below a path"
         return {k: self[f'{prefix}/{k}'] for k in self.names(prefix)}
 
-    def unread(self): return [k for k,v in self.values.items() if isinstance(v, Tensor) and k not in self.read]
+    def unread(self): return [k for k,v in self.values.items() if (self.json or isinstance(v, Tensor)) and k not in self.read]
 
 # %% ../../nbs/replay/01_recording.ipynb #7519beb2
 class Row(NamedTuple):
