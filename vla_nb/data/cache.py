@@ -83,7 +83,7 @@ def _write_numbers(tmp, source, eps):
     texts = {t: i for i,t in enumerate(dict.fromkeys(t for e in eps for t in e.subtask or []))}
     np.save(tmp/'subtask.npy', np.array([texts[t] for e in eps for t in e.subtask or []], np.int32))
     write_json(tmp/'episodes.json', dict(texts=list(texts), episodes=[dict(name=source.describe(i), instruction=e.instruction, success=e.success, fps=e.fps,
-        action_shift=e.action_shift, reward=e.reward is not None, subtask=e.subtask is not None) for i,e in enumerate(eps)]))
+        action_shift=e.action_shift, may_rest=list(e.may_rest), reward=e.reward is not None, subtask=e.subtask is not None) for i,e in enumerate(eps)]))
     return bounds
 
 def build_cache(
@@ -98,6 +98,7 @@ def build_cache(
     "Pack a source. A cache of the same key is opened as it is; ValueError where the folder holds another"
     folder, key = Path(folder), cache_key(source, kind, height, width, quality)
     if folder.exists():
+        if not (folder/'meta.json').exists(): raise ValueError(f'{folder}: expected a new folder or a cache to open, found something else; delete it or name another')
         check_key(folder, read_meta(folder), key)
         return CacheSource(folder)
     eps = [source.episode(i) for i in range(len(source))]
@@ -163,7 +164,7 @@ def episode(self, i):
     m, s = self.meta[i], self.said[a] if self.meta[i]['subtask'] else 0
     return Episode({c: CacheFrames(self, c, a, b-a) for c in self.cameras}, self.state[a:b], self.action[a:b], m['instruction'],
         subtask=[self.texts[k] for k in self.subtask[s:s+b-a]] if m['subtask'] else None, reward=self.reward[a:b] if m['reward'] else None,
-        success=m['success'], fps=m['fps'], action_shift=m['action_shift'])
+        success=m['success'], fps=m['fps'], action_shift=m['action_shift'], may_rest=tuple(m.get('may_rest', ())))
 
 def read_frames(self,
     camera, # Its name

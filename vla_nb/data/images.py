@@ -11,7 +11,7 @@ __all__ = ['fit', 'resize', 'resize_with_pad', 'psnr', 'decode_jpeg', 'augment',
 import io, math
 
 import numpy as np, torch
-from einops import rearrange, repeat
+from einops import rearrange
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 

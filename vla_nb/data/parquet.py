@@ -204,7 +204,7 @@ def examine(self:ParquetSource, i, decode=True)->Chart: # As `doctor.examine`
     chart = Chart(self.describe(i), at=columns_at)
     try: return look(chart, self.parts(i, None, chart.blame), decode)
     except ValueError as e:
-        chart.blame('file', 'a complete Parquet file', re.sub(r'.*found (.*?)(; .*)?$', r'\1', str(e), flags=re.S), 'copy it again, or leave it out')
+        chart.blame('file', 'a complete Parquet file', str(e).split(', found ', 1)[-1].rsplit(';', 1)[0].rstrip('.'), 'copy it again, or leave it out')
         return chart
 
 ParquetSource.parts, ParquetSource.episode, ParquetSource.examine = parts, episode, examine

@@ -10,13 +10,11 @@ __all__ = ['Moments', 'join', 'as_dict', 'compute_stats', 'cached_stats']
 # %% ../../nbs/data/04_stats.ipynb #614a41f1
 import json
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 
 import numpy as np, torch
 
 from ..core import fold_seed, write_json
-from .episode import digest
 from .windows import Windows
 
 # %% ../../nbs/data/04_stats.ipynb #88be5fae
