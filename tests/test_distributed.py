@@ -108,6 +108,35 @@ def test_one_batch_is_its_micro_batches(one, tmp_path):
     assert max(apart(one, tmp_path/'big').values()) < 5e-6
 
 
+runs_of_dexvla = ('full', 'no'), ('lora', 'bf16')
+
+
+def dexvla(out, accumulate):
+    from toy_dexvla import run
+    for kind,precision in runs_of_dexvla: run(out/f'{kind}_{precision}', kind, precision, accumulate)
+
+
+def dexvla_apart(a, b):
+    "Of DexVLA's runs: relative, in the log; absolute, in the tensors"
+    from safetensors.torch import load_file
+    from vla_nb.train.track import read_log
+    out = {}
+    for kind,precision in runs_of_dexvla:
+        x,y = a/f'{kind}_{precision}', b/f'{kind}_{precision}'
+        logs = max(abs(r[k]-s[k])/abs(r[k]) for r,s in zip(read_log(x/'log.jsonl'), read_log(y/'log.jsonl'), strict=True) for k in r if k.startswith('loss') or k == 'grad_norm')
+        pairs = [[load_file(d/'checkpoint-000002'/f) for d in (x, y)] for f in ('model.safetensors', 'training/weights.safetensors', 'training/optimizer.safetensors')]
+        assert all(p.keys() == q.keys() for p,q in pairs)
+        out[f'{kind}, precision {precision}'] = dict(log=logs, tensors=max((p[k]-q[k]).abs().max().item() for p,q in pairs for k in p))
+    return out
+
+
+def test_dexvla_is_the_same_on_two_processes(tmp_path):
+    "Stock Qwen2-VL with its tied embedding and gradient checkpointing, and LoRA over frozen weights in bfloat16"
+    dexvla(tmp_path/'one', 4)
+    launch(tmp_path/'two', engines[-1], 'dexvla')
+    for kind,d in dexvla_apart(tmp_path/'one', tmp_path/'two').items(): assert max(d.values()) < 1e-5, (kind, d)
+
+
 def worker(out, engine, start=None, name='run_again'):
     "What each of the two processes does"
     torch.set_num_threads(1)
@@ -129,7 +158,8 @@ def worker(out, engine, start=None, name='run_again'):
         return e
     loop.open_engine = watched
     out = Path(out)
-    if start: continued(Path(start), out/name, 8, 2)
+    if start == 'dexvla': dexvla(out, 2)
+    elif start: continued(Path(start), out/name, 8, 2)
     else: runs(out/'run', 8, 2)
     if int(os.environ['RANK']) == 0: print('KIND '+json.dumps(seen), flush=True)
     torch.distributed.destroy_process_group()
@@ -145,11 +175,13 @@ def record(file):
         one = Path(tmp)/'one'
         runs(one, 8, 4)
         runs(Path(tmp)/'free', 8, 4, clip=0.)
+        dexvla(Path(tmp)/'dexvla', 4)
         rows = []
         for e in engines:
             kind = launch(Path(tmp)/e, e)
             launch(Path(tmp)/e, e, str(one), 'moved')
-            rows.append(dict(engine=e, **kind, apart=apart(one, Path(tmp)/e/'run'), resumed=apart(Path(tmp)/e/'run', Path(tmp)/e/'run_again'), moved=apart(one, Path(tmp)/e/'moved')))
+            launch(Path(tmp)/f'{e}_dexvla', e, 'dexvla')
+            rows.append(dict(engine=e, dexvla=dexvla_apart(Path(tmp)/'dexvla', Path(tmp)/f'{e}_dexvla'), **kind, apart=apart(one, Path(tmp)/e/'run'), resumed=apart(Path(tmp)/e/'run', Path(tmp)/e/'run_again'), moved=apart(one, Path(tmp)/e/'moved')))
         found = importlib.util.find_spec('deepspeed')
         write_json(file, dict(rows=rows, unclipped=apart(one, Path(tmp)/'free'), clip=kw['clip'], norms=[r['grad_norm'] for r in numbers(one)],
             deepspeed=__import__('importlib.metadata').metadata.version('deepspeed') if found else None, accelerate=__import__('accelerate').__version__, **where()))

@@ -229,7 +229,7 @@ def bench_step(
 )->dict: # rows, pieces, agreement, and where they were measured
     "Measure a training step beside the original's design; writes the record as JSON"
     config, shape = DexVLAQwenConfig(horizon=16, cameras=3, prediction='epsilon', noise_shift=1., guide=0., draws=draws, swap_instruction=0., shift=0, brightness=0., state_noise=0.), (6, 40, 3, 96, 128)
-    if quick: rounds, batch_size, config, shape = 2, 3, replace(config, cameras=2, depth=1, width=64, mlp=64, vision_depth=1, vision_width=32, head_width=32, head_depth=1), (2, 12, 2, 64, 64)
+    if quick: rounds, batch_size, config, shape = 1, 2, replace(config, cameras=2, depth=1, width=64, mlp=64, vision_depth=1, vision_width=32, head_width=32, head_depth=1), (2, 12, 2, 64, 64)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
