@@ -169,12 +169,15 @@ def test_a_killed_writer_leaves_nothing_that_is_listed(tmp_path):
     "Kill the writer at random moments: what is listed is whole"
     e, g = wander(0, l=30, size=(64, 64)), np.random.default_rng(0)
     write_episode(tmp_path/'episode_0.hdf5', e)
+    began = time.perf_counter()
+    write_episode(tmp_path/'episode_0.hdf5', e)
+    took = time.perf_counter() - began    # the moments are those of this machine, busy as it is
     for _ in range(12):
         pid = os.fork()
         if not pid:
             for i in range(10_000): write_episode(tmp_path/f'episode_{i % 20}.hdf5', e)
             os._exit(0)
-        time.sleep(g.uniform(.01, .15))
+        time.sleep(g.uniform(.2, 6)*took)
         os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
         for path in find_episodes(tmp_path):
             got = Hdf5Source([path]).episode(0)
