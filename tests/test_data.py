@@ -177,7 +177,7 @@ def test_a_killed_writer_leaves_nothing_that_is_listed(tmp_path):
         if not pid:
             for i in range(10_000): write_episode(tmp_path/f'episode_{i % 20}.hdf5', e)
             os._exit(0)
-        time.sleep(g.uniform(.2, 6)*took)
+        time.sleep(g.uniform(.2, 3)*took)
         os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
         for path in find_episodes(tmp_path):
             got = Hdf5Source([path]).episode(0)
