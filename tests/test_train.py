@@ -243,3 +243,14 @@ def test_overhead_of_the_loop_is_small(tmp_path):
     over = min(cost(full, k)-cost(bare) for k in range(3))
     print(f'{over:.2f} ms a step')
     assert over < 2
+
+
+def test_sweeping_brings_back_a_folder_caught_between_two_names(tmp_path):
+    "A kill between the renames that replace a folder leaves only the old one, under a hidden name; a nested write leaves other names"
+    from vla_nb.train.checkpoint import sweep
+    for name in ('.checkpoint-000004.77.old', 'checkpoint-000008', '.checkpoint-000008.77.old', '..checkpoint-000004.77.tmp.77.tmp', '.checkpoint-000002.deleted'):
+        (tmp_path/name).mkdir()
+        (tmp_path/name/'mark').write_text(name)
+    sweep(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['checkpoint-000004', 'checkpoint-000008']
+    assert (tmp_path/'checkpoint-000004'/'mark').read_text() == '.checkpoint-000004.77.old'

@@ -54,8 +54,8 @@ def sweep(out:str|Path):
     "Remove what killed processes left: half-written and half-deleted checkpoints and logs"
     for p in Path(out).glob('.*'):
         if not re.match(r'\.+(checkpoint-|log\.jsonl\.)', p.name): continue
-        real = p.with_name(p.name.split('.')[1])
-        if p.suffix == '.old' and not real.exists(): os.replace(p, real)    # killed between the two renames that replace a folder
+        swapped = re.fullmatch(r'\.(checkpoint-\d+)\.\d+\.old', p.name)
+        if swapped and not (p.parent/swapped[1]).exists(): os.replace(p, p.parent/swapped[1])    # killed between the two renames that replace a folder
         elif p.is_dir(): shutil.rmtree(p)
         else: p.unlink()
 
