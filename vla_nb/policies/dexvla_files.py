@@ -59,7 +59,7 @@ class Released:
     layout:str # See `layout_of`
     tensors:dict[str, Tensor] # By released name
     dropped:dict[str, str] = field(default_factory=dict) # What was left out while reading, and why
-    settings:dict[str, str] = field(default_factory=dict) # What the file says of itself beyond its shapes
+    settings:dict[str, str] = field(default_factory=dict) # What the file says of itself beyond its shapes, where this library wrote it
 
 def layout_of(
     names, # Released names
@@ -75,14 +75,14 @@ def layout_of(
     return 'scaledp' if has('policy_head.cond_obs_emb.') else 'stage1'
 
 # %% ../../nbs/policies/03_dexvla_files.ipynb #d8896190
-def _stage1(nets):
+def _stage1(nets, settings):
     "The head inside a Stage-1 file"
     nets = {k.removeprefix('policy.'): v for k,v in nets.items()}
     head = {f"policy_head.{k.removeprefix('noise_pred_net.')}": v for k,v in nets.items() if 'noise_pred' in k and 'cond_obs_emb' not in k}
     dropped = {k: 'read the features of Stage 1; Stage 2 has others, so this layer starts anew' for k in nets if 'cond_obs_emb' in k}
     dropped |= {f'{k}.*': 'an encoder of Stage 1, which the language model replaces' for k in sorted({k.split('.')[0] for k in nets if 'noise_pred' not in k})}
     if not head: raise ValueError(f'nets.nets: expected policy.noise_pred_net.*, found {sorted(nets)[:5]}')
-    return Released('stage1', head, dropped)
+    return Released('stage1', head, dropped, settings)
 
 def _names(tensors):
     "Prefixes that differ between programs, taken away"
@@ -116,13 +116,13 @@ def read_released(
     path = Path(path)
     if not path.is_dir():
         d = _open(path)
-        if isinstance(d.get('nets'), dict) and isinstance(d['nets'].get('nets'), dict): return _stage1(d['nets']['nets'])
+        if isinstance(d.get('nets'), dict) and isinstance(d['nets'].get('nets'), dict): return _stage1(d['nets']['nets'], d.get('vla_nb', {}))
         settings = {}
         if path.suffix == '.safetensors':
             from safetensors import safe_open
             with safe_open(path, 'pt') as f: settings = f.metadata() or {}
     elif (path/'adapter_config.json').exists(): return _merged(path, base)
-    else: d, settings = _folder(path, 'model', 'pytorch_model'), {}
+    else: d, settings = _folder(path, 'model', 'pytorch_model'), json.loads((path/'config.json').read_text()).get('vla_nb', {}) if (path/'config.json').exists() else {}
     if d is None: raise FileNotFoundError(f'{path}: expected model.safetensors, its index, pytorch_model.bin or adapter_config.json, found {sorted(p.name for p in path.iterdir())[:8]}; DeepSpeed\'s own folders need its zero_to_fp32.py first')
     if bad := [k for k,v in d.items() if not isinstance(v, Tensor)]: raise ValueError(f'{path}: {bad[0]}: expected a tensor, found {type(d[bad[0]]).__name__}; save the state dict itself')
     d = _names(d)

@@ -27,6 +27,7 @@ from ..layers.embed import sinusoid, sinusoid_bf16
 from ..layers.film import FiLM, mean_where
 from ..objectives.diffusion import ddim_sample, ddim_sample_x0, epsilon_loss, sample_loss, squared_cosine
 from .dexvla import DexVLA, shift_noise
+from .dexvla_released import settings_of
 from ..text.tokenize import train_tokenizer
 
 # %% ../../nbs/policies/05_scaledp_stage1.ipynb #669ad1e6
@@ -178,7 +179,6 @@ def export_stage1_head(
 )->Path: # The file, for `load_released`
     "Write the part of Stage 1 that Stage 2 starts from"
     from safetensors.torch import save_file
-    c, said = policy.config, ('horizon', 'prediction', 'noise_shift', 'time_embed') + (('head_heads',) if policy.config.head_size == 'custom' else ())
     with atomic_path(file := Path(folder)/'stage1_head.safetensors') as tmp:
-        save_file({k: p.detach().contiguous() for k,p in policy.policy_head.named_parameters() if not k.startswith('cond_obs_emb.')}, tmp, {k: str(getattr(c, k)) for k in said})
+        save_file({k: p.detach().contiguous() for k,p in policy.policy_head.named_parameters() if not k.startswith('cond_obs_emb.')}, tmp, settings_of(policy.config))
     return file
