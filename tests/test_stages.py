@@ -12,6 +12,7 @@ from vla_nb.policies.dexvla_config import tiny
 from vla_nb.policies.dexvla_qwen import DexVLAQwen
 from vla_nb.policies.divla_tinyvla import DiVLAQwen, TinyVLAQwen
 from vla_nb.policies.dexvla_released import export_released, load_released
+from vla_nb.run import begin
 from vla_nb.policies.scaledp_stage1 import ScaleDPStage1, ScaleDPStage1Config, export_stage1_head, resnet50
 from vla_nb.train.config import TrainConfig
 from vla_nb.train.loop import train
@@ -147,6 +148,27 @@ def test_stage_2_starts_with_stage_1s_head_bit_for_bit(data, stats, tmp_path):
 def test_a_head_that_would_mean_something_else_is_refused(data, stats, tmp_path, change, message):
     f = export_stage1_head(make(data, stats, cond_dim=32), tmp_path)
     with pytest.raises(ValueError, match=message): load_released(second(data, stats, **change), f)
+
+
+def test_stage_follows_stage_from_run_to_run(data, stats, tmp_path):
+    "`vla-nb train --init RUN`: Stage 1's head into Stage 2, Stage 2 whole into Stage 3"
+    first, p = awake(make(data, stats, cond_dim=32)), second(data, stats)
+    fresh = p.policy_head.cond_obs_emb.weight.clone()
+    r = begin(p, first.save_pretrained(tmp_path/'first'))
+    assert r.layout == 'stage1' and torch.equal(p.policy_head.cond_obs_emb.weight, fresh)
+    assert all(torch.equal(v, first.policy_head.state_dict()[k]) for k,v in p.policy_head.state_dict().items() if 'cond_obs_emb' not in k)
+    third = second(data, stats, swap_instruction=0.)
+    assert begin(third, awake(p).save_pretrained(tmp_path/'second')).ok
+    assert all(torch.equal(a, b) for (k,a),b in zip(third.named_parameters(), p.parameters()) if not k.startswith('guide.'))
+    with pytest.raises(ValueError, match='noise_shift expected 1.0, found 0.1'): begin(second(data, stats, noise_shift=1.), tmp_path/'second')
+
+
+def test_a_file_that_does_not_say_how_it_computes_is_taken_for_a_released_one(data, stats, tmp_path):
+    p = second(data, stats)
+    torch.save({k: v.detach().clone() for k,v in p.policy_head.named_parameters()}, tmp_path/'head.pt')
+    assert load_released(p, tmp_path/'head.pt').assumed.keys() == {'time_embed', 'prediction', 'noise_shift'}
+    with pytest.raises(ValueError, match='--model.time-embed bf16 --model.prediction epsilon --model.noise-shift 1.0'): begin(p, tmp_path/'head.pt')
+    assert begin(second(data, stats, time_embed='bf16', prediction='epsilon', noise_shift=1.), tmp_path/'head.pt').ok
 
 
 def test_the_loop_trains_it(data, stats, tmp_path):
