@@ -26,7 +26,7 @@ from vla_nb.train.optim import build_optimizer, check_groups
 from vla_nb.train.track import read_log
 
 torch.set_num_threads(1)
-small = dict(width=64, depth=1, mlp=64, vision_width=32, vision_depth=1, vision_heads=2, min_pixels=256, combine_width=32, max_new_tokens=24)
+small = dict(cameras=2, width=64, depth=1, mlp=64, vision_width=32, vision_depth=1, vision_heads=2, min_pixels=256, combine_width=32, max_new_tokens=24)
 kinds = [(DexVLAQwen, DexVLAQwenConfig, {}), (DiVLAQwen, DiVLAQwenConfig, dict(horizon=6)), (TinyVLAQwen, TinyVLAQwenConfig, {})]
 everyone = pytest.mark.parametrize('cls,Config,kw', kinds, ids=[k[0].name for k in kinds])
 
@@ -65,6 +65,17 @@ def by_heart(policy, data, steps=60):
         policy.loss(Batch({**batch, 'seed': batch['seed']+100*i})).total.backward()
         opt.step()
     return policy.eval()
+
+
+def test_the_number_of_cameras_is_that_of_training(data, stats):
+    p = make(data, stats)
+    with pytest.raises(ValueError, match='expected 2 cameras.*found 1'): p.act(Observation(data.images[:, :1], data.state, data.instruction), seed=data.seed)
+
+
+def test_what_a_sample_costs_is_what_it_then_takes(data, stats):
+    p = make(data, stats, swap_instruction=0.)
+    n = (p.prepare(replace(data, subtask=['']*5))['labels'] == -100).sum(1).max().item() - 2*p.backbone.budget(32, 32).tokens
+    assert p.cost(32, 32, data.instruction) == f'tokens: 2 x 4 of images (32x32 seen as 32x32), at most {n} around them, at most 24 said'
 
 
 def row(data, i): return Observation(data.images[i:i+1], data.state[i:i+1], data.instruction[i:i+1])
@@ -353,6 +364,6 @@ def test_a_run_goes_on_where_it_stopped(data, stats, tmp_path, kw):
 def test_receding_horizon_does_not_depend_on_how_many_robots(data, stats):
     "Speaking and acting in closed loop, four worlds at once and one by one"
     move = dict(state=dict(mean=[0.]*2, std=[.5]*2, min=[-1.]*2, max=[1.]*2), action=dict(mean=[0.]*2, std=[.1]*2, min=[-.1]*2, max=[.1]*2))
-    p = awake(make(data, move, max_new_tokens=3))
+    p = awake(make(data, move, max_new_tokens=3, cameras=1))
     (many, one) = ([(e.task, e.seed, e.steps, e.achieved) for e in rollout(p.act, PointReach, PointReach.tasks[:2], [0, 1], n_envs=n, progress=False)] for n in (4, 1))
     assert many == one and len(many) == 4
