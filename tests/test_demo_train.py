@@ -11,5 +11,5 @@ def test_a_failed_training_ends_the_phase(tmp_path, monkeypatch):
         return [sys.executable, '-c', 'raise SystemExit("out of disk")' if name == 'blind' else 'import time; time.sleep(60)']
     monkeypatch.setattr(d, 'train_command', command)
     began = time.monotonic()
-    with pytest.raises(RuntimeError, match='blind stopped') as e: d.train_phase(d.Demo(out=tmp_path, quick=True))
+    with pytest.raises(ChildProcessError, match='blind stopped') as e: d.train_phase(d.Demo(out=tmp_path, quick=True))
     assert 'out of disk' in str(e.value) and time.monotonic() - began < 30

@@ -92,7 +92,7 @@ def steps_done(out:Path)->tuple[int, float|None]: # Last step in a run's log, an
     return r['step'], r['loss']
 
 def train_phase(c:Demo, names={'policy': (), 'blind': ('--blind',)}):
-    "Train the policies at once; raises RuntimeError with the log's end if one stops"
+    "Train the policies at once; raises ChildProcessError with the log's end if one stops"
     procs = {}
     for n,more in names.items():
         (c.out/n).mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ def train_phase(c:Demo, names={'policy': (), 'blind': ('--blind',)}):
         for p in procs.values(): p.terminate()
         for p in procs.values(): p.wait()    # a stopped one writes its checkpoint first
         for b in bars.values(): b.close()
-    if bad: raise RuntimeError(f'training of {bad[0]} stopped:\n' + '\n'.join((c.out/bad[0]/'stdout.txt').read_text().splitlines()[-15:]))
+    if bad: raise ChildProcessError(f'training of {bad[0]} stopped:\n' + '\n'.join((c.out/bad[0]/'stdout.txt').read_text().splitlines()[-15:]))
     return True
 
 # %% ../nbs/03_demo.ipynb #07c9db1c

@@ -29,6 +29,7 @@ def open_source(
     "Open demonstrations, whatever their format"
     path = Path(path)
     if path.suffix.split(':')[0] in ('.json', '.yaml', '.yml') and not path.is_dir(): return open_mixture(path, open_source)
+    if path.is_file(): raise NotADirectoryError(f'{path}: expected a folder of demonstrations, found a file; name the folder that holds the episodes')
     if not path.is_dir(): raise FileNotFoundError(f'{path}: expected a folder of demonstrations; found none. Record some: vla-nb record --out {path}')
     if (path/'meta.json').exists(): return CacheSource(path)
     kinds = {'*.hdf5 episodes': (find_episodes(path), Hdf5Source), '*.parquet tables': (find_tables(path), ParquetSource), 'runs with actions.npy': (find_runs(path), FolderSource)}

@@ -22,7 +22,7 @@ def _scaledp(rec, weights, encode, cls=ScaleDP):
     "The recorded head"
     c, w = rec.under('config'), rec.under(weights)
     head = cls(c['action_dim'], c['state_dim'], c['cond_dim'], c['prediction_horizon'], c['n_emb'], c['depth'], c['num_heads'],
-        c['mlp_ratio'], len(w['combine.0.bias']), encode)
+        c['mlp_ratio'], len(rec[f'{weights}/combine.0.bias']), encode)
     return load_weights(head, w, f'{rec.path}: {weights}').eval()
 
 @torch.no_grad()
