@@ -38,4 +38,4 @@ def run(out, kind, precision, accumulate):
         for k in range(start, 10**9):
             micro = k if world == 1 else 2*k+rank    # the same micro-batches, whoever takes them
             yield policy.prepare(pick(data, [(2*micro+i) % 16 for i in range(2)]))
-    train(policy, make, TrainConfig(steps=2, batch_size=2, accumulate=accumulate, lr=1e-3, warmup=0, clip=.5, ema=.9, log_every=1, cpu=True, precision=precision), out)
+    train(policy, make, TrainConfig(steps=2, batch_size=2, accumulate=accumulate, lr=1e-3, warmup=0, clip=.5, ema=.9*(kind == 'full'), log_every=1, cpu=True, precision=precision), out)

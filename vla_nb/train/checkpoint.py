@@ -73,7 +73,9 @@ def set_rng_state(state:Tensor, device:torch.device):
     if device.type == 'cuda' and state.numel() > n: torch.cuda.set_rng_state(state[n:].clone(), device)
 
 # %% ../../nbs/train/04_checkpoint.ipynb #e4e8de57
-def _whole(t): return t.full_tensor().detach().cpu().clone() if hasattr(t, 'full_tensor') else t.detach().cpu().contiguous()    # cloned: gathered slices are padded
+def _whole(t):
+    t = (t.full_tensor() if hasattr(t, 'full_tensor') else t).detach().cpu().contiguous()
+    return t if t.untyped_storage().nbytes() == t.nbytes else t.clone()    # of a padded or a flat buffer
 
 def _place(v, like):
     "Whole tensor `v` on the device, and in the slices, of `like`"

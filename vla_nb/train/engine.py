@@ -169,7 +169,9 @@ class ZeroEngine(Engine):
             for m in ('exp_avg', 'exp_avg_sq'):
                 if f'{k}.{m}' in stored: put(p, stored[f'{k}.{m}'].to(p.device), m)
 
-    def close(self): self.model.destroy()
+    def close(self):
+        self.model.destroy()
+        for p in self._trained().values(): p.data = p.data.clone()    # they were pieces of one flat tensor
 
 # %% ../../nbs/train/06_engine.ipynb #2dc22ebf
 def open_engine(
