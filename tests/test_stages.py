@@ -160,6 +160,7 @@ def test_stage_follows_stage_from_run_to_run(data, stats, tmp_path):
     third = second(data, stats, swap_instruction=0.)
     assert begin(third, awake(p).save_pretrained(tmp_path/'second')).ok
     assert all(torch.equal(a, b) for (k,a),b in zip(third.named_parameters(), p.parameters()) if not k.startswith('guide.'))
+    with pytest.raises(ValueError, match='tokenizer: expected that of this data'): begin(second(replace(data, subtask=['other words']*4), stats), tmp_path/'second')
     with pytest.raises(ValueError, match='noise_shift expected 1.0, found 0.1'): begin(second(data, stats, noise_shift=1.), tmp_path/'second')
 
 

@@ -29,19 +29,22 @@ from .policies.dexvla_qwen import DexVLAQwen
 from .policies.dexvla_files import Released
 from .policies.dexvla_released import Report, as_released, export_released, load_released
 from .policies.divla_tinyvla import DiVLAQwen, TinyVLAQwen
+from .policies.paligemma_vla import PaliGemmaVLA
+from .policies.pi05 import Pi05
+from .policies.pi_modes import Pi05Expert, Pi05High, Pi05HighFast
 from .policies.scaledp_stage1 import ScaleDPStage1
 from .train.checkpoint import checkpoints, latest
 from .train.config import TrainConfig, read_settings, unknown_name
 
 # %% ../nbs/03_run.ipynb #498f16e7
-POLICIES = {p.name: p for p in (DexVLA, DexVLAQwen, DiVLAQwen, TinyVLAQwen, ScaleDPStage1)} # By the name in `config.json`
+POLICIES = {p.name: p for p in (DexVLA, DexVLAQwen, DiVLAQwen, TinyVLAQwen, ScaleDPStage1, Pi05, Pi05High, Pi05HighFast, Pi05Expert, PaliGemmaVLA)} # By the name in `config.json`
 
 @dataclass(frozen=True)
 class Train:
     "Train a policy on demonstrations; `accelerate launch -m vla_nb.cli train ...` uses several processes"
     data:Path # Folder of demonstrations, a packed cache of one, or a mixture's YAML file
     out:Path # Folder of the run: checkpoints, each a policy's folder, and log.jsonl
-    policy:Literal['dexvla', 'dexvla_qwen', 'divla_qwen', 'tinyvla_qwen', 'scaledp_stage1'] = 'dexvla' # Which policy; `--policy NAME --help` lists its own settings
+    policy:Literal['dexvla', 'dexvla_qwen', 'divla_qwen', 'tinyvla_qwen', 'scaledp_stage1', 'pi05', 'pi05_high', 'pi05_high_fast', 'pi05_expert', 'paligemma_vla'] = 'dexvla' # Which policy; `--policy NAME --help` lists its own settings
     preset:Literal['none', 'stage1', 'stage2', 'stage2_paper', 'stage3', 'divla', 'lora_debug'] = 'none' # A published recipe: sets the policy, its settings and the training's
     init:Path|None = None # Weights to start from: a released checkpoint, a stage-1 head, or another run (none: fresh ones)
     resume:bool = False # Go on from the newest checkpoint, bit for bit; from the start where there is none
@@ -93,6 +96,7 @@ def begin(policy:Policy, path:Path)->Report: # What became of every tensor
         first = load_policy(folder)
         file = as_released(first.merge_lora() if getattr(first.config, 'lora_rank', 0) else first)
         if file.layout == 'scaledp': file = Released('stage1', {k: v for k,v in file.tensors.items() if 'cond_obs_emb' not in k}, settings=file.settings)    # it read other features
+        elif first.tokenizer.get_vocab() != policy.tokenizer.get_vocab(): raise ValueError(f'--init {path}: tokenizer: expected that of this data, found another, so that its numbers mean other words; name the same published model in --model.vlm, or train on data with the same words')
     try: r = load_released(policy, file)
     except ValueError as e: raise ValueError(f'--init {path}: {e}') from None
     if r.assumed: raise ValueError(f'--init {path}: {", ".join(r.assumed)}: expected {", ".join(v for _,v in r.assumed.values())}, as in the programs that wrote such files, found {", ".join(str(v) for v,_ in r.assumed.values())}; set ' + ' '.join(f'--model.{k.replace("_", "-")} {v}' for k,(_,v) in r.assumed.items()))
