@@ -94,7 +94,8 @@ Pi05._parts, Pi05.prepare = _parts, prepare
 # %% ../../nbs/policies/09_pi05.ipynb #f5f08748
 def _read(self:Pi05, images, ids, part): # uint8 (b n c h w), (b s), (b s)
     "Hidden states of all tokens; keys and values; which tokens there are; which the expert sees"
-    vlm, side = self.pi.vlm, self.config.image
+    vlm, side, n = self.pi.vlm, self.config.image, self.config.cameras
+    if images.shape[1] != n: raise ValueError(f'images: expected {n} cameras, as in the settings, found {images.shape[1]}; set cameras={images.shape[1]}, or give the right ones')
     seen = torch.ones(images.shape[:2], dtype=torch.bool, device=ids.device)
     x,valid = vlm.prefix(to_model(resize_with_pad(images, side, side), next(vlm.parameters()).dtype), seen, ids, part > 0)
     n = x.shape[1] - ids.shape[1]
