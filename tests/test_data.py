@@ -172,13 +172,17 @@ def test_a_killed_writer_leaves_nothing_that_is_listed(tmp_path):
     began = time.perf_counter()
     write_episode(tmp_path/'episode_0.hdf5', e)
     took = time.perf_counter() - began    # the moments are those of this machine, busy as it is
-    for _ in range(12):
+    for k in range(12):
+        begun, tell = os.pipe()
         pid = os.fork()
         if not pid:
-            for i in range(10_000): write_episode(tmp_path/f'episode_{i % 20}.hdf5', e)
+            for i in range(k, 10_000):
+                write_episode(tmp_path/f'episode_{i % 20}.hdf5', e)
+                os.write(tell, b'.')
             os._exit(0)
-        time.sleep(g.uniform(.2, 3)*took)
-        os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
+        os.read(begun, 1)    # a file is written; the next is under way
+        time.sleep(g.uniform(0, 2)*took)
+        os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0); os.close(begun); os.close(tell)
         for path in find_episodes(tmp_path):
             got = Hdf5Source([path]).episode(0)
             assert len(got) == 30 and np.array_equal(got.action, e.action) and got.cameras['wrist'][29].shape == (64, 64, 3)

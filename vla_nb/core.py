@@ -226,7 +226,8 @@ def read_config(cls, folder:str|Path):
 def from_pretrained(cls, folder:str|Path, device='cpu')->Policy:
     "Read the folder that `save_pretrained` wrote; every tensor must be there and fit"
     folder, tok = Path(folder), None
-    if not (folder/'config.json').exists(): raise FileNotFoundError(f'{folder}: expected a policy folder with config.json; found none; name a checkpoint of a run')
+    for f in ('config.json', 'stats.json'):
+        if not (folder/f).exists(): raise FileNotFoundError(f'{folder}: expected a policy folder with {f}; found none; name a checkpoint of a run, all of it')
     if (folder/'tokenizer').exists():
         from transformers import AutoTokenizer
         tok = AutoTokenizer.from_pretrained(folder/'tokenizer', local_files_only=True)

@@ -83,8 +83,9 @@ def from_data(cls,
     c = config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        backbone = load_qwen2vl(c.vlm, min_pixels=c.min_pixels, max_pixels=c.max_pixels) if c.vlm else None    # first: it knows what is wrong with a folder
         tok = AutoTokenizer.from_pretrained(c.vlm, local_files_only=True) if c.vlm else small_chat_tokenizer(texts, c.vocab)
-        backbone = load_qwen2vl(c.vlm, min_pixels=c.min_pixels, max_pixels=c.max_pixels) if c.vlm else Qwen2VL(small_config(c, tok), c.min_pixels, c.max_pixels)
+        backbone = backbone or Qwen2VL(small_config(c, tok), c.min_pixels, c.max_pixels)
         described = {k: v for k,v in json.loads(json.dumps(backbone.config.to_dict())).items() if k != '_name_or_path'}    # not where it lay
         return cls(replace(c, vlm='', vlm_config=described), stats, tok, backbone)
 

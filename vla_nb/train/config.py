@@ -97,7 +97,10 @@ def _build(cls, d, where, missing=None):
     types, out = get_type_hints(cls), {}
     known = {f.name: f for f in fields(cls) if f.init}
     for k,v in d.items():
-        if k not in known: raise unknown_name(k, known, where)
+        if k not in known:
+            inside = [n for n,t in types.items() if is_dataclass(t) and k in {f.name for f in fields(t)}]
+            if inside: raise ValueError(f'{where}: unknown {k!r}; it belongs under {inside[0]}:')
+            raise unknown_name(k, known, where)
         sub = missing is not None and is_dataclass(types[k]) and isinstance(v, dict)
         out[k] = _build(types[k], v, f'{where}: {k}', missing) if sub else _fit(v, types[k], f'{where}: {k}')
     for k,f in known.items():
