@@ -8,7 +8,7 @@ Docs: https://example.github.io/vla_nb/envs/render.html.md"""
 __all__ = ['works', 'pick_backend', 'load_mujoco', 'GLCamera', 'geom_colours', 'normals', 'RayCamera', 'Camera']
 
 # %% ../../nbs/envs/01_render.ipynb #32fdf247
-import copy, importlib, os, subprocess, sys, weakref
+import atexit, copy, importlib, os, subprocess, sys, weakref
 from functools import cache
 
 import numpy as np
@@ -56,7 +56,9 @@ class GLCamera:
         for i in range(model.nsite): model.site_group[i] = 0 if model.site(i).name in sites else 5
         self.name, self.option, self.r = name, mujoco.MjvOption(), mujoco.Renderer(model, size, size)
         self.off = [mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION]
-        weakref.finalize(self, self.r.close)    # with the camera, or before the interpreter takes OpenGL's own module apart
+        end = weakref.finalize(self, self.r.close)
+        end.atexit = False
+        atexit.register(end)    # at exit, what is registered last goes first: before MuJoCo ends EGL itself
 
     def render(self, data): # Frame of the scene's state, uint8 (h w 3)
         "Draw the scene"
