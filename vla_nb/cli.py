@@ -141,8 +141,9 @@ class Bench:
 def bench(c:Bench):
     out = c.out or Path(f'results/bench_{c.what}.json')
     if c.what == 'data':
-        from vla_nb.bench import bench_data
-        return bench_data(out=out, quick=c.quick) and None
+        from vla_nb.bench import bench_data, data_table
+        print(f'{data_table(bench_data(out=out, quick=c.quick))}\nwrote {out}')
+        return
     from vla_nb.bench_step import bench_step, step_table
     found = bench_step(out=out, quick=c.quick)
     print(f'{step_table(found)}\nwrote {out}')
