@@ -12,7 +12,7 @@ __all__ = ['Observation', 'Samples', 'Batch', 'Losses', 'masked_mean', 'fold_see
 # %% ../nbs/00_core.ipynb #c8a17ace
 import json, os, shutil
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -26,13 +26,20 @@ class Observation:
     images:UInt8[Tensor, "b n c h w"] # Camera frames, RGB; memory may be channels-last
     state:Float[Tensor, "b p"] # Proprioception, in the robot's own units
     instruction:list[str] # What each robot is told to do, `b` of them
+    seen:Bool[Tensor, "b n"]|None = field(default=None, kw_only=True) # False for a camera that a robot lacks; None: all are there
 
     def __len__(self): return len(self.state)
+
+    @property
+    def there(self)->Bool[Tensor, "b n"]: # False for a camera that a robot lacks
+        "Which cameras there are"
+        return torch.ones(self.images.shape[:2], dtype=torch.bool) if self.seen is None else self.seen
 
     @classmethod
     def cat(cls, obs): # Observations to join along the batch axis
         "Join observations of several robots"
-        return cls(torch.cat([o.images for o in obs]), torch.cat([o.state for o in obs]), [s for o in obs for s in o.instruction])
+        seen = None if all(o.seen is None for o in obs) else torch.cat([o.there for o in obs])
+        return cls(torch.cat([o.images for o in obs]), torch.cat([o.state for o in obs]), [s for o in obs for s in o.instruction], seen=seen)
 
     def say(self, instruction): # One text for all, or a list of `b`
         "The same observation under another instruction"
