@@ -72,12 +72,13 @@ class Fast:
         ids:Sequence[Sequence[int]], # Ids of each chunk
     )->tuple[np.ndarray, np.ndarray]: # (b t a) actions; (b) True where the ids meant a chunk, else it is zeros
         "Ids to chunks; whatever the ids, what comes back is finite and within the fitted range"
-        q, ok = np.full((len(ids), self.horizon*self.dims), 0), np.zeros(len(ids), bool)
-        for i,text in enumerate(self.tokenizer.decode_batch([list(x) for x in ids], skip_special_tokens=False)):
-            n = np.fromiter(map(ord, text), np.int64, len(text)) + self.low
-            ok[i] = len(n) == q.shape[1] and (n <= self.high).all()
-            if ok[i]: q[i] = n
-        a = from_coefficients(rearrange(q, 'b (t a) -> b t a', a=self.dims), self.scale)
+        texts = self.tokenizer.decode_batch([list(x) for x in ids], skip_special_tokens=False)
+        ok = np.array([len(t) == self.horizon*self.dims for t in texts], bool)
+        q = np.frombuffer(''.join(t for t,long in zip(texts, ok) if long).encode('utf-32-le'), np.uint32).astype(np.int64) + self.low
+        q = rearrange(q, '(b t a) -> b t a', t=self.horizon, a=self.dims)
+        a, known = np.zeros((len(ids), self.horizon, self.dims)), (q <= self.high).all((1, 2))
+        ok[ok] = known
+        if known.any(): a[ok] = from_coefficients(q[known], self.scale)
         least,most = self.bounds or (-1.5, 1.5)
         return np.clip(a, np.array(least)-self.slack, np.array(most)+self.slack), ok
 
