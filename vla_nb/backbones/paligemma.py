@@ -63,10 +63,12 @@ def word_loss(
     hidden:Float[Tensor, "n d"], # Hidden states that predict the targets
     table:Float[Tensor, "v d"], # The embedding
     target:Int[Tensor, "n"], # The words that come next
-    rows:int = 64, # Targets a slice
+    rows:int|None = None, # Targets a slice; None: as many as have 2²⁴ scores, which are 65 of PaliGemma's words
 )->Float[Tensor, ""]: # Sum of the cross entropies, in fp32
     "Cross entropy over a large vocabulary, a slice of targets at a time"
     if not len(target): return hidden.sum()*0.
+    rows = rows or max(1, 2**24//len(table))
+    if len(target) <= rows: return _slice_loss(hidden, table, target)
     parts = [checkpoint(_slice_loss, h, table, t, use_reentrant=False)
              for h,t in zip(hidden.split(rows), target.split(rows))]
     return torch.stack(parts).sum()

@@ -162,12 +162,21 @@ class Gemma(nn.Module):
         mask:Bool[Tensor, "b s n"], # True where a query may look, over past and own keys
         past:list|None = None, # Keys and values of each layer, from an earlier pass
         cond:Tensor|None = None, # Condition of adaRMS, (b c) or (b s c)
+        tail:int|None = None, # Of so many last tokens hidden states are wanted, without `cond`; None: of all
     )->tuple[Tensor, list]: # Hidden states after the final norm; keys and values of each layer, past and own
-        kvs = []
+        kvs, past = [], list(past or [None]*len(self.layers))
         for i,layer in enumerate(self.layers):
-            x,kv = layer(x, positions, mask, past[i] if past else None, cond)
+            if tail is not None and i+1 == len(past): x,positions,mask,past[i] = self._split(x, positions, mask, past[i], x.shape[1]-tail)
+            x,kv = layer(x, positions, mask, past[i], cond)
             kvs.append(kv)
         return self.norm(x, cond)[0], kvs
+
+    def _split(self, x, positions, mask, past, n):
+        "The last layer's queries without the first `n`, whose keys become its past"
+        first = self._last_keys(x[:,:n], positions[:,:n])
+        return x[:,n:], positions[:,n:], mask[:,n:], first if past is None else tuple(torch.cat(kv, 2) for kv in zip(past, first))
+
+    def _last_keys(self, x, positions): return self.layers[-1].self_attn.keys(self.layers[-1].input_layernorm(x)[0], positions)
 
     def prefill(self, x, positions, mask)->list: # Arguments as in `forward`
         "Only the keys and values of each layer; what nobody will read is not computed"
@@ -175,5 +184,4 @@ class Gemma(nn.Module):
         for layer in self.layers[:-1]:
             x,kv = layer(x, positions, mask)
             kvs.append(kv)
-        last = self.layers[-1]
-        return [*kvs, last.self_attn.keys(last.input_layernorm(x)[0], positions)]
+        return [*kvs, self._last_keys(x, positions)]
