@@ -17,6 +17,7 @@ from torch import nn
 
 from ..core import ParamGroup
 from ..data.normalize import Normalizer
+from .pi_lora import LoraSettings
 from .pi_released import PiSize
 from ..text.fast import Fast
 
@@ -55,7 +56,7 @@ def fast_from_config(c:dict)->Fast:
 
 # %% ../../nbs/policies/09_pi_config.ipynb #dedc6c29
 @dataclass(frozen=True)
-class Pi05Config:
+class Pi05Config(LoraSettings):
     "Settings of π0.5; the defaults are the tiny preset"
     horizon:int = 6 # Actions of a chunk
     cameras:int = 1 # Camera images in an observation
