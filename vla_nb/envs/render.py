@@ -102,7 +102,7 @@ class RayCamera:
     "A frame without OpenGL: one ray a pixel, one colour a geom, light that depends on the angle"
     def __init__(self, mujoco, model, name, size, sites=()):
         self.trace, self.cam, self.size = mujoco.mj_multiRay, model.camera(name).id, size
-        self.model, self.colours = copy.copy(model), np.vstack([geom_colours(model), [(.5, .495, .48)]])    # the last: the sky, geom -1
+        self.model, self.paint = copy.copy(model), None
         self.model.geom_aabb[:,3:] = 1e3    # cull nothing, see below
         self.fixed = model.body_weldid[model.geom_bodyid] == 0
         self.model.geom_group[:] = np.where(model.geom_group > 2, 2, np.where(self.fixed, 0, 1))
@@ -119,6 +119,11 @@ class RayCamera:
 
 # %% ../../nbs/envs/01_render.ipynb #42c5915d
 @patch
+def painted(self:RayCamera, model): # A colour for each geom, anew where one was repainted, and for the sky, geom -1
+    if (paint := model.geom_rgba.tobytes()) != self.paint: self.paint, self.colours = paint, np.vstack([geom_colours(model), [(.5, .495, .48)]])
+    return self.colours
+
+@patch
 def surface(self:RayCamera, data): # What each ray meets, how far away, its colour; the still part is kept while it stays
     eye, vec = data.cam_xpos[self.cam], self.rays @ data.cam_xmat[self.cam].reshape(3, 3).T
     key = np.vstack([eye[None], vec[:2], data.geom_xpos[self.fixed]]).tobytes()
@@ -126,7 +131,7 @@ def surface(self:RayCamera, data): # What each ray meets, how far away, its colo
     ids, dist = self.hits(data, 1, eye, vec)
     near = dist < self.still[1]
     ids, dist = np.where(near, ids, self.still[0]), np.where(near, dist, self.still[1])
-    rgb = self.colours[ids]
+    rgb = self.painted(data.model)[ids]
     for s in self.sites:    # a site is no geom: meet its sphere by hand
         c, r = data.site_xpos[s] - eye, self.model.site_size[s,0]
         b = vec @ c

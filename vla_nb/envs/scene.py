@@ -32,6 +32,7 @@ class Part:
     body:str # The body in that scene
     rgba:dict[str, tuple]|None = None # Materials to repaint
     height:float = 0. # Where its body's frame is above the table, m
+    lamp:str|None = None # Material that lights up when something has been done with it; None: it has no lamp
 
 # %% ../../nbs/envs/02_scene.ipynb #f00fc178
 def paint(rgb): return dict(btn_red=(*rgb, 1), btn_yellow=(*[.75*c for c in rgb], 1), btn_black=(*[.5*c for c in rgb], 1))    # cap, lid, box

@@ -38,12 +38,13 @@ def recite(
     env, # An `Env` with a `reasoning`
     tasks:Sequence[str], # Tasks to play
     seeds:Sequence[int], # Seeds of the scenes; each is played under every task
+    noise:float = .3, # Of the demonstrations, best that of the recording
 )->list[Said]:
     "Ask a policy at every step of new demonstrations what is to be done"
     out = []
     for seed in seeds:
         for task in tasks:
-            ep = demonstrate(env, task, seed)
+            ep = demonstrate(env, task, seed, noise)
             if not ep.subtask: raise ValueError(f'environment: expected one with a reasoning, found {type(env).__name__}')
             frames = torch.stack([torch.stack([torch.from_numpy(c[i]).permute(2, 0, 1) for c in ep.cameras.values()]) for i in range(len(ep))])
             obs = Observation(frames, torch.from_numpy(ep.state), [ep.instruction]*len(ep))

@@ -91,6 +91,7 @@ class EpisodeResult:
     frames:np.ndarray|None = None # `(l h w c)`, a frame a control step, cameras side by side; None where it was not filmed
     thought:str|None = None # The task whose reasoning was put into its mouth; None: its own words, or none
     words:tuple[str, ...] = () # What the policy said or was taken to say at each call; empty where it does not speak
+    did:tuple[str, ...] = () # The steps of a plan that were done, in order; empty where the environment counts none
 
     @property
     def success(self)->bool: return self.achieved == self.task
@@ -135,7 +136,7 @@ class _Run:
 
     def result(self):
         frames = None if self.frames is None else rearrange(torch.stack(self.frames), 'l n c h w -> l h (n w) c').numpy()
-        return EpisodeResult(self.task, self.seed, self.said, self.heard, self.env.achieved(), self.steps, frames, self.thought, tuple(self.spoken))
+        return EpisodeResult(self.task, self.seed, self.said, self.heard, self.env.achieved(), self.steps, frames, self.thought, tuple(self.spoken), getattr(self.env, 'did', ()))
 
 # %% ../../nbs/eval/02_rollout.ipynb #2423651c
 def _ask(act, runs, turn):
