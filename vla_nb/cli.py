@@ -1,4 +1,4 @@
-"""`vla-nb record | train | eval | export | stats | cache | convert | doctor | parity | bench | demo`: each a dataclass of settings and a short function that calls the library
+"""`vla-nb record | train | eval | export | stats | cache | convert | doctor | fast-fit | parity | bench | demo`: each a dataclass of settings and a short function that calls the library
 
 Docs: https://example.github.io/vla_nb/cli.html.md"""
 
@@ -22,6 +22,7 @@ from .data.doctor import check, report, require_healthy
 from .data.integrity import notes
 from .data.stats import compute_stats
 from .demo import Demo, demo
+from .fast_fit import FastFit, fast_fit
 from .run import Eval, Export, Train, eval_, export, train, train_settings
 from .train.config import parse_config, unknown_name
 
@@ -30,7 +31,7 @@ from .train.config import parse_config, unknown_name
 class Record:
     "Record demonstrations of the tabletop simulator's scripted expert"
     out:Path # Folder to write the episodes to
-    suite:Literal['buttons', 'desk'] = 'buttons' # Scene and its instructions
+    suite:Literal['buttons', 'desk', 'desk_two'] = 'buttons' # Scene and its instructions
     episodes:int = 100 # Successful episodes for each instruction
     seed:int = 0 # Of the first scene; each episode has its own
     noise:float = .3 # Size of the push on the executed action
@@ -151,11 +152,11 @@ def bench(c:Bench):
 
 # %% ../nbs/04_cli.ipynb #0be66cc3
 COMMANDS = {'demo': (Demo, demo), 'record': (Record, record), 'train': (Train, train), 'eval': (Eval, eval_), 'export': (Export, export), 'stats': (Stats, stats),
-            'doctor': (Doctor, doctor), 'cache': (Cache, cache), 'convert': (Convert, convert), 'parity': (Parity, parity), 'bench': (Bench, bench)}
+            'doctor': (Doctor, doctor), 'cache': (Cache, cache), 'convert': (Convert, convert), 'fast-fit': (FastFit, fast_fit), 'parity': (Parity, parity), 'bench': (Bench, bench)}
 
 def usage()->str:
     "What there is to run"
-    rows = '\n'.join(f'  vla-nb {k:<8}{c.__doc__}' for k,(c,_) in COMMANDS.items())
+    rows = '\n'.join(f'  vla-nb {k:<9}{c.__doc__}' for k,(c,_) in COMMANDS.items())
     return f'Vision-language-action policies: read, change, train and trust them.\n\n{rows}\n\nnext: vla-nb demo; `vla-nb COMMAND --help` lists every setting'
 
 def main(

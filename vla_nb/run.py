@@ -24,6 +24,7 @@ from .data.dataset import DataConfig, open_source, train_val
 from .data.doctor import require_healthy
 from .data.loader import Loader
 from .data.stats import cached_stats
+from .fast_fit import with_fast
 from .dexvla_stages import classes, presets
 from .policies.dexvla import DexVLA, DexVLAConfig
 from .policies.dexvla_qwen import DexVLAQwen
@@ -32,13 +33,13 @@ from .policies.dexvla_released import Report, as_released, export_released, load
 from .policies.divla_tinyvla import DiVLAQwen, TinyVLAQwen
 from .policies.paligemma_vla import PaliGemmaVLA
 from .policies.pi05 import Pi05
-from .policies.pi_modes import Pi05Expert, Pi05High, Pi05HighFast
+from .policies.pi_modes import Pi05Expert, Pi05Flat, Pi05High, Pi05HighFast
 from .policies.scaledp_stage1 import ScaleDPStage1
 from .train.checkpoint import checkpoints, latest
 from .train.config import TrainConfig, read_settings, unknown_name
 
 # %% ../nbs/03_run.ipynb #498f16e7
-POLICIES = {p.name: p for p in (DexVLA, DexVLAQwen, DiVLAQwen, TinyVLAQwen, ScaleDPStage1, Pi05, Pi05High, Pi05HighFast, Pi05Expert, PaliGemmaVLA)} # By the name in `config.json`
+POLICIES = {p.name: p for p in (DexVLA, DexVLAQwen, DiVLAQwen, TinyVLAQwen, ScaleDPStage1, Pi05, Pi05High, Pi05HighFast, Pi05Expert, Pi05Flat, PaliGemmaVLA)} # By the name in `config.json`
 
 tiny = TrainConfig(steps=2500, lr=3e-3, betas=(.9, .999), weight_decay=1e-3, warmup=100, ema=.995) # What the demo trains with
 tiny_words = replace(tiny, betas=(.9, .99), min_lr=.1) # For small language models: what `results/dexvla_reasoning.json` was trained with
@@ -48,9 +49,10 @@ class Train:
     "Train a policy on demonstrations; `accelerate launch -m vla_nb.cli train ...` uses several processes"
     data:Path # Folder of demonstrations, a packed cache of one, or a mixture's YAML file
     out:Path # Folder of the run: checkpoints, each a policy's folder, and log.jsonl
-    policy:Literal['dexvla', 'dexvla_qwen', 'divla_qwen', 'tinyvla_qwen', 'scaledp_stage1', 'pi05', 'pi05_high', 'pi05_high_fast', 'pi05_expert', 'paligemma_vla'] = 'dexvla' # Which policy; `--policy NAME --help` lists its own settings
+    policy:Literal['dexvla', 'dexvla_qwen', 'divla_qwen', 'tinyvla_qwen', 'scaledp_stage1', 'pi05', 'pi05_high', 'pi05_high_fast', 'pi05_expert', 'pi05_flat', 'paligemma_vla'] = 'dexvla' # Which policy; `--policy NAME --help` lists its own settings
     preset:Literal['none', 'stage1', 'stage2', 'stage2_paper', 'stage3', 'divla', 'lora_debug'] = 'none' # A published recipe: sets the policy, its settings and the training's
     init:Path|None = None # Weights to start from: a released checkpoint, a stage-1 head, or another run (none: fresh ones)
+    fast:Path|None = None # Action tokenizer from `vla-nb fast-fit`, for a policy that speaks actions (none: one of single numbers)
     resume:bool = False # Go on from the newest checkpoint, bit for bit; from the start where there is none
     model:DexVLAConfig = DexVLAConfig() # The policy's own settings
     dataset:Annotated[DataConfig, arg(name='')] = DataConfig()
@@ -116,8 +118,9 @@ def build(c:Train): # -> policy, make_loader, validation batches
     require_healthy(source)    # a packed cache was checked when it was made
     windows, held_out = train_val(source, c.dataset, c.model.horizon)
     model = replace(c.model, cameras=len(windows.cameras))
+    if c.fast: model = with_fast(model, c.fast, windows.action.shape[1])
     cls = POLICIES[c.policy]
-    texts = [*windows.instruction, *sorted(set(windows.subtask or ()) if cls.speaks or getattr(model, 'substeps', False) else ())]
+    texts = [*windows.instruction, *sorted(set(windows.subtask or ()) if cls.speaks or any(getattr(model, k, 0) for k in ('substeps', 'name_words')) else ())]
     size = c.dataset.height, c.dataset.width
     stats = dict(cached_stats(windows, c.out), frames=dict(cameras=list(windows.cameras), height=size[0], width=size[1]))    # how to look at the world later
     policy = cls.from_data(model, texts, stats, seed=c.train.seed)
@@ -144,7 +147,7 @@ def train(c:Train):
 class Eval:
     "Roll out a policy in the tabletop simulator: success with its interval, and the ablations"
     policy:Positional[Path] # A run's folder (its newest checkpoint) or one checkpoint
-    suite:Literal['buttons', 'desk'] = 'buttons' # Where
+    suite:Literal['buttons', 'desk', 'desk_two'] = 'buttons' # Where
     episodes:int = 20 # Scenes, each under every instruction
     seed:int = 100_000 # Of the first scene
     execute:int = 3 # Actions executed from each chunk before looking again
