@@ -6,7 +6,7 @@ Docs: https://example.github.io/vla_nb/policies/pi_released.html.md"""
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'PiSize', 'Pi', 'renamed', 'openpi', 'openpi_old', 'lerobot', 'transformers', 'Layout', 'find_layout',
-           'load_pi', 'released_weights', 'export_pi']
+           'load_named', 'load_pi', 'released_weights', 'export_pi']
 
 # %% ../../nbs/policies/08_pi_released.ipynb #870604b9
 from collections.abc import Callable, Mapping
@@ -99,34 +99,43 @@ LAYOUTS = (
 def find_layout(
     names, # Names in a checkpoint
     own, # Our names
+    layouts:tuple[Layout, ...] = LAYOUTS, # Those that it may be
 )->Layout: # The one that knows most of them
     "Whose names these are; ValueError if nobody's"
     names = set(names)
-    best = max(LAYOUTS, key=lambda l: len(names & {l.theirs(n) for n in own}))
+    best = max(layouts, key=lambda l: len(names & {l.theirs(n) for n in own}))
     hits = len(names & {best.theirs(n) for n in own})
-    if hits*2 < len(own): raise ValueError(f'checkpoint: expected names of one of {[l.name for l in LAYOUTS]}, found {hits} of {len(own)} at most, such as {sorted(names)[0]!r}; is there a prefix before them all?')
+    if hits*2 < len(own): raise ValueError(f'checkpoint: expected names of one of {[l.name for l in layouts]}, found {hits} of {len(own)} at most, such as {sorted(names)[0]!r}; is there a prefix before them all?')
     return best
 
 # %% ../../nbs/policies/08_pi_released.ipynb #9761b486
 @torch.no_grad()
-def load_pi(
-    model:nn.Module, # With `vlm` and `expert`, filled in place
-    weights:Mapping[str, Tensor]|str|Path, # Tensors by their names, or a folder or file of safetensors
+def load_named(
+    model:nn.Module, # Filled in place
+    weights:Mapping[str, Tensor]|str|Path, # Tensors by their names, or a folder of safetensors
+    layouts:tuple[Layout, ...], # Those that it may be
 )->tuple[Layout, dict[str, Tensor]]: # Whose layout it was; what was put aside
-    "Load released weights. Raises ValueError, and changes nothing, where a tensor is missing, unexpected or of another shape"
+    "Load weights by another program's names. Raises ValueError, and changes nothing, where a tensor is missing, unexpected or of another shape"
     where = 'checkpoint'
     if not isinstance(weights, Mapping): where, weights = str(weights), read_weights(weights)
     own = dict(model.named_parameters())
-    layout = find_layout(weights, own)
+    layout = find_layout(weights, own, layouts)
     place = {layout.theirs(n): p for n,p in own.items()}
     aside = {k: v for k,v in weights.items() if k in (*layout.aside, layout.twin)}
     if layout.twin in aside and not torch.equal(aside[layout.twin], weights.get(embed := layout.theirs('vlm.embed.weight'), aside[layout.twin])):
         raise ValueError(f'{where}: {layout.twin}: expected the same numbers as {embed}, found others; nothing was loaded; which of the two is the embedding, only its writer knows')
     wrong = [f'{k}: expected {tuple(place[k].shape) if k in place else "no such tensor"}, found {tuple(weights[k].shape) if k in weights else "none"}'
              for k in sorted({*place, *weights} - {*aside}) if k not in place or k not in weights or place[k].shape != weights[k].shape]
-    if wrong: raise ValueError(f'{where}: {wrong[0]}{f", and {len(wrong)-1} more" if wrong[1:] else ""} (names of {layout.name}); nothing was loaded; is it π0 where π0.5 is expected, or another size?')
+    if wrong: raise ValueError(f'{where}: {wrong[0]}{f", and {len(wrong)-1} more" if wrong[1:] else ""} (names of {layout.name}); nothing was loaded; is it another model (π0 where π0.5 is expected), or another size?')
     for k,p in place.items(): p.copy_(weights[k])
     return layout, aside
+
+def load_pi(
+    model:nn.Module, # With `vlm` and `expert`, filled in place
+    weights:Mapping[str, Tensor]|str|Path, # As in `load_named`
+)->tuple[Layout, dict[str, Tensor]]: # As in `load_named`
+    "Load released weights of π0 or π0.5"
+    return load_named(model, weights, LAYOUTS)
 
 # %% ../../nbs/policies/08_pi_released.ipynb #82c92133
 def released_weights(
