@@ -77,16 +77,17 @@ class Pi05Config(LoraSettings):
     vision_depth:int = 2 # Their blocks
     vision_hidden:int = 192 # Inside their MLPs
     vision_heads:int = 4 # Their attention heads
-    patch:int = 8 # Side of a patch, pixels
+    patch:int = 16 # Side of a patch, pixels
     image:int = 64 # Side of an image, pixels; others are resized with pad
     init:float = .1 # Standard deviation of the initial weights of the language model and the eyes
+    place_init:float = 1. # Standard deviation of the first embeddings of a patch's place
     fast:dict|None = None # The action tokenizer; filled in when the policy is made
     fast_skip:int = 0 # Words left alone at the end of the vocabulary; 1152 with PaliGemma's
-    fast_weight:float = 1. # Weight of spoken actions, which teach the language model to see (0: none)
+    fast_weight:float = .1 # Weight of spoken actions, which teach the language model to see (0: none)
     alpha:float = 1. # Weight of the flow; 10 in the paper's post-training, where the language model already knows
     insulate:bool = True # No gradient of the flow enters the language model
     draws:int = 4 # Noises drawn for each sample of a batch
-    sample_steps:int = 10 # Euler steps that make a chunk
+    sample_steps:int = 1 # Euler steps that make a chunk: one gives the mean of what was demonstrated, 10 (π0.5) a sample of it
     swap_instruction:float = .3 # Training: chance that the prompt holds another sample's task, so that actions must follow the subtask
     state_noise:float = .05 # Training: noise on the normalised state, before it is put in words
     shift:int = 2 # Training: images are moved by up to this many pixels
@@ -116,7 +117,7 @@ def pi05_base():
     s = PiSize()
     return Pi05Config(horizon=50, cameras=3, vocab=s.vocab, pad_dims=32, width=s.width, hidden=s.hidden, expert_width=s.expert_width, expert_hidden=s.expert_hidden, depth=s.depth, heads=s.heads,
         kv_heads=s.kv_heads, head_dim=s.head_dim, vision_width=s.vision_width, vision_depth=s.vision_depth, vision_hidden=s.vision_hidden, vision_heads=s.vision_heads, patch=s.patch, image=s.image,
-        init=.02, fast_skip=1152, alpha=10., draws=1, swap_instruction=0., state_noise=0., shift=0, brightness=0., released_norm=True, vision_lr=1., language_lr=1.)
+        init=.02, place_init=s.vision_width**-.5, fast_weight=1., fast_skip=1152, alpha=10., draws=1, sample_steps=10, swap_instruction=0., state_noise=0., shift=0, brightness=0., released_norm=True, vision_lr=1., language_lr=1.)
 
 # %% ../../nbs/policies/09_pi_config.ipynb #af23a365
 def part_of(name:str)->str: # Full name of a parameter of the policy
