@@ -34,7 +34,7 @@ def _equal(a, b): return (a is None) == (b is None) and (a is None or np.array_e
 
 def compare(
     a:Episode, b:Episode, # What was read, and what was written
-    least:float|int = 30, # dB that a frame may fall to, where raw frames became JPEGs
+    least:float|int = float('inf'), # dB that any frame may fall to; raw frames that became JPEGs may fall to 30 in any case
 )->float: # dB of the worst frame; infinite: nothing was lost
     "ValueError that names the first field in which two episodes differ"
     def differ(field, x, y): raise ValueError(f'{field}: expected {x}, found {y}; the conversion is not faithful')
@@ -49,7 +49,7 @@ def compare(
         for i in range(len(frames)):
             x, y = frames.jpeg(i), b.cameras[c].jpeg(i)
             if x is not None and x == y: continue
-            if (p := psnr(frames[i], b.cameras[c][i])) < (float('inf') if x is not None or y is None else least): differ(f'camera {c}, frame {i}', 'the same picture', f'{p:.1f} dB')
+            if (p := psnr(frames[i], b.cameras[c][i])) < min(least, float('inf') if x is not None or y is None else 30): differ(f'camera {c}, frame {i}', 'the same picture', f'{p:.1f} dB')
             worst = min(worst, p)
     return worst
 
@@ -60,8 +60,9 @@ class Format:
     suffix:str # What a name ends with; empty: each episode is a folder
     write:Callable[[Path, Episode], object] # Writes one episode, whole or not at all
     read:Callable[[Path], EpisodeSource] # Reads what `write` wrote, as a source of one episode
-    place:Callable[[int, Episode], str] = lambda i, ep: f'episode_{i:06d}' # Its name within the folder
+    place:Callable[[int, int, Episode], str] = lambda i, n, ep: f'episode_{i:06d}' # The name of episode i of n within the folder
     finish:Callable[[Path, EpisodeSource], object]|None = None # Writes what belongs to all episodes, when they are there
+    least:float|int = float('inf') # dB that any frame may fall to, where pictures are not kept as they are (video); infinite: they are kept
 
 def hdf5(
     compress:str|None = 'jpeg', quality:int = 95, # As for `write_episode`
@@ -95,17 +96,17 @@ def convert(
     progress:bool = True, # Show a bar
 )->dict: # episodes, written (in this run), psnr of the worst frame (None: nothing was lost; or not verified)
     "Write every episode of a source in another format. What is there already is left as it is. ValueError with the episode and the field where something cannot be kept"
-    out = claim(out, dict(fingerprint=source.fingerprint, episodes=len(source), to=to.suffix, settings={k: v for k,v in getattr(to.write, 'keywords', {}).items()}))
+    out = claim(out, dict(fingerprint=source.fingerprint, episodes=len(source), to=to.suffix or getattr(to.write, 'func', to.write).__name__, settings={k: v for k,v in getattr(to.write, 'keywords', {}).items()}))
     if rest := declared(source.folder) if getattr(source, 'folder', None) else (): declare(out, *rest)
     written, worst = 0, float('inf')
     for i in tqdm(range(len(source)), desc='convert', unit='episode', disable=not progress):
         path = None
         try:
             ep = source.episode(i)
-            path = out/(to.place(i, ep) + to.suffix)
+            path = out/(to.place(i, len(source), ep) + to.suffix)
             if path.exists(): continue
             to.write(path, ep)
-            if verify: worst = min(worst, compare(ep, to.read(path).episode(0)))
+            if verify: worst = min(worst, compare(ep, to.read(path).episode(0), to.least))
         except (ValueError, OSError) as e:
             if path and path.exists(): shutil.rmtree(path) if path.is_dir() else path.unlink()    # not what it should be
             raise ValueError(f'{source.describe(i)}: {e}; {written} episodes of this run are in {out}, run again to go on') from e

@@ -173,7 +173,7 @@ def slug(text:str)->str:
     name = re.sub(r'[^a-z0-9]+', '_', text.lower()).strip('_')[:60] or 'none'
     return name if name.replace('_', ' ') == text else f'{name}_{digest(text)[:6]}'
 
-def _place(i, ep): return f'{slug(ep.instruction)}/{slug(ep.subtask[0]) if ep.subtask and len({*ep.subtask}) == 1 else "all"}/run_{i:06d}'
+def _place(i, n, ep): return f'{slug(ep.instruction)}/{slug(ep.subtask[0]) if ep.subtask and len({*ep.subtask}) == 1 else "all"}/run_{i:06d}'
 
 def _finish(out, source): # The words of every folder, for other readers
     tasks = {}
