@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..backbones.lora import is_lora
 from ..backbones.paligemma import PaliGemma
 from ..backbones.siglip import Siglip
 from ..core import atomic_path, read_weights, write_weights
@@ -118,7 +119,7 @@ def load_named(
     "Load weights by another program's names. Raises ValueError, and changes nothing, where a tensor is missing, unexpected or of another shape"
     where = 'checkpoint'
     if not isinstance(weights, Mapping): where, weights = str(weights), read_weights(weights)
-    own = dict(model.named_parameters())
+    own = {k.replace('.base_layer.', '.'): p for k,p in model.named_parameters() if not is_lora(k)}    # adapters stand beside what is loaded
     layout = find_layout(weights, own, layouts)
     place = {layout.theirs(n): p for n,p in own.items()}
     aside = {k: v for k,v in weights.items() if k in (*layout.aside, layout.twin)}
