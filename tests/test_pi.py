@@ -65,7 +65,7 @@ from vla_nb.policies.pi_released import load_pi, released_weights  # noqa: E402
 from vla_nb.text.pi_prompt import PROMPT, SAID, SPOKEN, state_bins  # noqa: E402
 
 torch.set_num_threads(1)
-small = Pi05Config(cameras=2, horizon=3, width=32, hidden=48, depth=3, heads=2, head_dim=16, expert_width=24, expert_hidden=48, vision_width=16, vision_depth=1, vision_hidden=24, vision_heads=2, image=16, max_new_tokens=12)
+small = Pi05Config(cameras=2, horizon=3, width=32, hidden=48, depth=3, heads=2, head_dim=16, expert_width=24, expert_hidden=48, vision_width=16, vision_depth=1, vision_hidden=24, vision_heads=2, patch=8, image=16, fast_weight=1., sample_steps=10, max_new_tokens=12)
 classes = [Pi05, Pi05High, Pi05HighFast, Pi05Expert]
 
 

@@ -37,7 +37,7 @@ class Sentences:
 # %% ../../nbs/backbones/07_speak.ipynb #f5595489
 def speak(
     vlm:PaliGemma, # The speaker
-    hidden:Float[Tensor, "b s d"], # Of the prompt's pass, images included
+    hidden:Float[Tensor, "b w d"], # Of the prompt's pass, at least of its last words
     kvs:list, # Its keys and values
     valid:Bool[Tensor, "b s"], # False on padding and absent cameras
     eos:int, # The word that ends a sentence
@@ -45,7 +45,7 @@ def speak(
     among:Sentences|None = None, # Only these may be said
 )->tuple[Tensor, list, Tensor]: # Words (b n), `eos` after the end; keys and values, and what is valid of them (b s+n), for an expert
     "Greedy sentences"
-    last = valid.shape[1]-1 - valid.flip(1).long().argmax(1)
+    last = -1 - valid.flip(1).long().argmax(1)
     h, said, open = hidden[torch.arange(len(hidden), device=last.device), last], valid.new_zeros(len(valid), 0, dtype=torch.long), valid.new_ones(len(valid))
     for i in range(most):
         scores = vlm.logits(h) if among is None else among.only(vlm.logits(h), said)

@@ -65,6 +65,7 @@ class Pi05(Policy):
             policy = cls(replace(c, tokenizer='', fast=fast_to_config(fast), vocab=c.vocab or len(tok)+c.fast_skip+fast.vocab), stats, tok)
             for k,m in policy.pi.vlm.named_modules():
                 if isinstance(m, nn.Linear) and not is_lora(k): nn.init.normal_(m.weight, std=c.init)
+            nn.init.normal_(policy.pi.vlm.vision_tower.position_embedding.weight, std=c.place_init)
         return policy
 
     def groups(self)->list[ParamGroup]: return split_lora(param_groups(self.config, self.named_parameters(), self.still))
@@ -93,7 +94,7 @@ def prepare(self:Pi05, samples:Samples)->Batch:
     state, action = self.state_norm(samples.state), self.action_norm(samples.action).masked_fill(samples.action_is_pad[...,None], torch.nan)
     swap = (draw_uniform(seed, 1, stream=14)[:,0] < c.swap_instruction) & torch.tensor([bool(s) for s in said])
     other = [b if s else a for a,b,s in zip(told, told[1:]+told[:1], swap.tolist())]
-    batch = Batch(images=samples.images, seed=seed, action=action.nan_to_num(), valid=~samples.action_is_pad, learn=~swap)
+    batch = Batch(images=samples.images, seed=seed, action=action.nan_to_num(), valid=~samples.action_is_pad, learn=~swap, **({} if samples.seen is None else {'seen': samples.seen}))
     for k,t,x in (('', told, state), ('train_', other, state + c.state_noise*draw_normal(seed, *state.shape[1:], stream=12))):
         row = self.words.batch(*self._parts(t, x, said, action), longest=c.max_words)
         batch.update({f'{k}ids': row['ids'], f'{k}part': row['part'], f'{k}said_at': targets(row['part'], SAID), f'{k}spoken_at': targets(row['part'], SPOKEN)})
@@ -113,9 +114,9 @@ def _tokens(self:Pi05, images, ids, part, seen=None): # uint8 (b n c h w), (b s)
     return x, positions_of(valid), block_mask(ar, valid), valid, torch.cat([valid[:,:n], for_expert(part)], 1)
 
 def _read(self:Pi05, images, ids, part, seen=None): # As `_tokens`
-    "Hidden states of all tokens; keys and values; which tokens there are; which the expert sees"
+    "Hidden states of the words; keys and values; which tokens there are; which the expert sees"
     *asked, valid, expert = self._tokens(images, ids, part, seen)
-    return *self.pi.vlm.language_model(*asked), valid, expert
+    return *self.pi.vlm.language_model(*asked, tail=ids.shape[1]), valid, expert
 
 def _velocity(self:Pi05, prefix, x, tau): return self.pi.expert(x, tau, prefix)
 
@@ -139,7 +140,7 @@ def _terms(self:Pi05, batch):
 
 def _words(self:Pi05, hidden, ids, at, learn=None):
     table = self.pi.vlm.embed.weight
-    return next_words(hidden[:,-ids.shape[1]:], ids, at, lambda h, target: word_loss(h, table, target), learn)
+    return next_words(hidden, ids, at, lambda h, target: word_loss(h, table, target), learn)
 
 def _flow(self:Pi05, model, x0, mask, seed): return masked_flow(model, x0, mask, seed, self.config.draws)
 
@@ -174,11 +175,14 @@ def act(self:Pi05, obs:Observation, generator:torch.Generator|None=None, seed:In
 def _think(self:Pi05, obs, reasoning, among):
     "What the expert reads, and the subtask that is in it"
     if reasoning is not None and len(reasoning) != len(obs): raise ValueError(f'reasoning: expected {len(obs)}, one for each robot, found {len(reasoning)}')
-    row = Batch(self.words.batch(*self._parts(obs.instruction, self.state_norm(obs.state.cpu()), reasoning, None), longest=self.config.max_words)).to(self.device)
-    hidden,kvs,valid,seen = self._read(obs.images.to(self.device), row['ids'], row['part'])
+    hidden,kvs,valid,seen = self._look(obs, self._parts(obs.instruction, self.state_norm(obs.state.cpu()), reasoning, None))
     if reasoning is not None: return Prefix(kvs, seen), list(reasoning)
     known = None if among is None else Sentences(self.words.ids([subtask_answer(s) for s in among]))
     said,kvs,valid = speak(self.pi.vlm, hidden, kvs, valid, self.words.eos, self.config.max_new_tokens, known)
     return Prefix(kvs, valid), self.words.read(said)
 
-Pi05.candidates, Pi05._robot, Pi05.act, Pi05._think = candidates, _robot, act, _think
+def _look(self:Pi05, obs, parts):
+    row = Batch(self.words.batch(*parts, longest=self.config.max_words), seen=obs.seen).to(self.device)
+    return self._read(obs.images.to(self.device), row['ids'], row['part'], row['seen'])
+
+Pi05.candidates, Pi05._robot, Pi05.act, Pi05._think, Pi05._look = candidates, _robot, act, _think, _look

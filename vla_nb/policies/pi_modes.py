@@ -11,7 +11,7 @@ __all__ = ['Pi05High', 'Pi05HighFast', 'Pi05Flat', 'Pi05Expert']
 import torch
 
 from ..backbones.speak import speak
-from ..core import Actions, Batch
+from ..core import Actions
 from ..objectives.hierarchical import high, low, together
 from .pi05 import Pi05
 from ..text.fast import from_words
@@ -25,8 +25,8 @@ class Pi05High(Pi05):
     def _parts(self, told, state, said, action): return super()._parts(told, state, said, None)
 
     def loss(self, batch):
-        said,_,_,n = self._terms(batch)
-        return high(said, n)
+        said = self._terms(batch)[0]()
+        return high(lambda: said, said[1])
 
     def act(self, obs, generator=None, seed=None, reasoning=None, among=None):
         "What is to be done, in words; the actions are the middle of their range"
@@ -52,8 +52,8 @@ class Pi05HighFast(Pi05High):
         "Subtask, then actions, both in words"
         c, fast, (_,text) = self.config, self.fast, self._think(obs, reasoning, among)
         asked,said = self._parts(obs.instruction, self.state_norm(obs.state.cpu()), text, None)
-        row = Batch(self.words.batch(asked, said, [[Piece('Action: ')] if s else [] for s in text])).to(self.device)
-        words,_,_ = speak(self.pi.vlm, *self._read(obs.images.to(self.device), row['ids'], row['part'])[:3], self.words.eos, fast.horizon*fast.dims+2)
+        read = self._look(obs, (asked, said, [[Piece('Action: ')] if s else [] for s in text]))
+        words,_,_ = speak(self.pi.vlm, *read[:3], self.words.eos, fast.horizon*fast.dims+2)
         codes = [[i for i in from_words(r, c.fast_skip, c.vocab).tolist() if 0 <= i < fast.vocab] for r in words.cpu().numpy()]
         return Actions(self.action_norm.inverse(torch.from_numpy(fast.decode(codes)[0]).float()), text)
 
