@@ -11,8 +11,12 @@ from torch import nn
 
 from vla_nb.core import Batch, Observation, Samples, draw_normal
 from vla_nb.heads.flow_mlp import AttentionPool, FlowMLP
+from vla_nb.layers.gemma import block_mask, positions_of
 from vla_nb.objectives.flow_matching import beta_time, euler_sample, flow_loss, heun_path, heun_sample, shifted_time, uniform_noise
-from vla_nb.policies.paligemma_vla import PaliGemmaVLA, PaliGemmaVLAConfig, paligemma_3b, tiny
+from vla_nb.policies.paligemma_config import PaliGemmaVLAConfig, paligemma_3b, tiny
+from vla_nb.policies.paligemma_vla import PaliGemmaVLA
+from vla_nb.policies.paligemma_weights import paligemma_weights
+from vla_nb.text.pi_prompt import small_gemma_tokenizer
 from vla_nb.train.checkpoint import latest
 from vla_nb.train.config import TrainConfig, load_config, read_settings
 from vla_nb.train.loop import train
@@ -32,14 +36,15 @@ def one(x): return {**{k: f.tolist() for k, f in dict(mean=x.mean(0), std=x.std(
 def data():
     g = torch.Generator().manual_seed(0)
     return Samples(torch.randint(0, 256, (5, 2, 3, 32, 32), dtype=torch.uint8, generator=g), torch.randn(5, 3, generator=g), ['press red', 'press blue', '', 'press the red one', 'go'],
-                   torch.randn(5, 6, 2, generator=g), torch.arange(6)[None] >= torch.tensor([6, 6, 4, 1, 6])[:, None], torch.arange(5))
+                   torch.randn(5, 6, 2, generator=g), torch.arange(6)[None] >= torch.tensor([6, 6, 4, 1, 6])[:, None], torch.arange(5),
+                   subtask=['red is on the left', 'blue is on the right', '', 'red is on the left, press', 'go'])
 
 
 @pytest.fixture(scope='module')
 def stats(data): return dict(state=one(data.state), action=one(data.action.flatten(0, 1)))
 
 
-def make(data, stats, seed=0, **kw): return PaliGemmaVLA.from_data(PaliGemmaVLAConfig(**{**small, **kw}), data.instruction, stats, seed)
+def make(data, stats, seed=0, **kw): return PaliGemmaVLA.from_data(PaliGemmaVLAConfig(**{**small, **kw}), [*data.instruction, *data.subtask], stats, seed)
 
 
 def awake(policy):
@@ -127,11 +132,11 @@ def test_ids_and_mask_come_together(data, stats):
 
 # --- loss
 
-@pytest.mark.parametrize('kw', [{}, dict(direction='noise_at_1'), dict(noise='uniform'), dict(sampler='heun', sample_steps=3), dict(guide=0.)])
+@pytest.mark.parametrize('kw', [{}, dict(direction='noise_at_1'), dict(noise='uniform'), dict(sampler='heun', sample_steps=3), dict(guide=0.), dict(name_words=0.), dict(guide=0., name_words=0.)])
 def test_loss_and_act(data, stats, kw):
     p = awake(make(data, stats, **kw))
     l = p.loss(p.prepare(data))
-    assert l.count == 6+6+4+1+6 and set(l.parts) == ({'flow'} if 'guide' in kw else {'flow', 'guide'}) and l.total.isfinite()
+    assert l.count == 6+6+4+1+6 and set(l.parts) == {'flow', 'guide', 'naming'} - ({'guide'} if 'guide' in kw else set()) - ({'naming'} if 'name_words' in kw else set()) and l.total.isfinite()
     torch.testing.assert_close(l.total.detach(), sum(l.parts.values()))
     a = p.act(data, seed=data.seed)
     assert a.action.shape == (5, 6, 2) and a.action.isfinite().all() and a.text is None
@@ -153,7 +158,7 @@ def test_padding_does_not_count(data, stats):
 
 
 def test_padded_actions_get_no_gradient(data, stats):
-    p = awake(make(data, stats, guide=0.))
+    p = awake(make(data, stats, guide=0., name_words=0.))
     b = p.prepare(data)
     a = b['action'].requires_grad_()
     p.loss(Batch({**b, 'action': a})).total.backward()
@@ -186,6 +191,22 @@ def test_times():
     u = torch.linspace(.001, .999, 500)
     assert torch.equal(shifted_time(u, 1.), beta_time(u)/(beta_time(u) + 1.*(1-beta_time(u))))
     assert (shifted_time(u, .1) >= shifted_time(u, 1.)).all() and shifted_time(u, .1).max() < 1 and shifted_time(u, .1).min() > 0
+
+
+def test_words_of_a_subtask_are_named_where_there_are_some(data, stats):
+    p = awake(make(data, stats))
+    b = p.prepare(data)
+    for i, s in enumerate(data.subtask):
+        assert p.tokenizer.decode(b['named'][i].nonzero()[:, 0]) or not s
+        assert set(p.tokenizer(s, add_special_tokens=False)['input_ids']) == set(b['named'][i].nonzero()[:, 0].tolist())
+    z = p._look(b['images'], b['input_ids'], b['mask'], b['state'])[0]
+    each = nn.functional.binary_cross_entropy_with_logits(p.naming(z), b['named'].float(), reduction='none').sum(1)
+    torch.testing.assert_close(p.loss(b).parts['naming'], each[[0, 1, 3, 4]].mean().detach())
+    none = p.loss(p.prepare(replace(data, subtask=None)))
+    assert none.parts['naming'] == 0
+    none.total.backward()
+    assert not p.naming.weight.grad.any()    # there, so that DDP need not look for it
+    assert make(data, stats, name_words=0.).naming is None
 
 
 # --- acting
@@ -261,6 +282,48 @@ def test_published_size(data, stats):
     assert all(q.is_meta for q in p.parameters())
     m = PaliGemmaVLA.from_data(tiny(), data.instruction, stats)
     assert sum(q.numel() for q in m.parameters()) < 2.5e6
+
+
+def paligemma_folder(folder, data, **text):
+    "A small PaliGemma of transformers with random weights, and a tokenizer"
+    from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+    tok = small_gemma_tokenizer(data.instruction, 400)
+    torch.manual_seed(0)
+    stock = PaliGemmaForConditionalGeneration(PaliGemmaConfig(projection_dim=32, hidden_size=32, image_token_index=len(tok),
+        vision_config=dict(model_type='siglip_vision_model', hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, patch_size=8, image_size=32, projection_dim=32, vision_use_head=False),
+        text_config=dict(model_type='gemma', hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1, head_dim=8, vocab_size=len(tok)+64) | text)).eval()
+    for q in stock.parameters(): nn.init.normal_(q, std=.2)
+    stock.save_pretrained(folder)
+    tok.save_pretrained(folder)
+    return stock
+
+
+def test_a_policy_begins_with_paligemma(data, stats, tmp_path):
+    stock = paligemma_folder(tmp_path/'vlm', data)
+    p = make(data, stats, vlm=str(tmp_path/'vlm')).eval()
+    c = p.config
+    assert (c.vlm, c.image, c.patch, c.vision_mlp, c.width, c.mlp, c.kv_heads) == ('', 32, 8, 40, 32, 48, 1) and c.vocab == len(p.tokenizer) + 64
+    b = p.prepare(data)
+    image = torch.full((5, 16), stock.config.image_token_id)
+    one_camera = data.images[:, :1]
+    with torch.no_grad():
+        theirs = stock(input_ids=torch.cat([image, b['input_ids']], 1), pixel_values=one_camera[:, 0]/127.5-1, attention_mask=torch.cat([torch.ones(5, 16).bool(), b['mask']], 1).long(),
+                       token_type_ids=torch.zeros(5, 16+b['mask'].shape[1], dtype=torch.long), output_hidden_states=True)
+        x, valid = p.vlm.prefix(one_camera/127.5-1, torch.ones(5, 1).bool(), b['input_ids'], b['mask'])
+        hidden, _ = p.vlm.language_model(x, positions_of(valid), block_mask(torch.zeros_like(valid), valid))
+    torch.testing.assert_close(hidden[valid], theirs.hidden_states[-1][valid], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(p.vlm.logits(hidden)[valid], theirs.logits[valid], rtol=1e-4, atol=1e-5*theirs.logits.abs().max().item())
+    again = PaliGemmaVLA.from_pretrained(p.save_pretrained(tmp_path/'p'))    # needs the first folder no more
+    assert again.config == c and torch.equal(again.act(data, seed=data.seed).action, p.act(data, seed=data.seed).action)
+    p.train().loss(b).total.backward()
+    back = paligemma_weights(p.vlm, 'in memory, transformers 5', ['lm_head.weight'])
+    want = stock.state_dict()
+    assert back.keys() == want.keys() and all(torch.equal(back[k], want[k]) for k in want)
+
+
+def test_other_language_models_are_refused(data, stats, tmp_path):
+    paligemma_folder(tmp_path, data, rms_norm_eps=1e-5)
+    with pytest.raises(ValueError, match='text_config.rms_norm_eps: expected 1e-06, found 1e-05'): make(data, stats, vlm=str(tmp_path))
 
 
 # --- the engine

@@ -9,7 +9,7 @@ __all__ = ['PALIGEMMA', 'published', 'saved', 'in_memory', 'in_memory_5', 'load_
            'paligemma_weights', 'export_paligemma']
 
 # %% ../../nbs/policies/09_paligemma_weights.ipynb #b88aa0e8
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -62,19 +62,19 @@ def paligemma_sizes(
 def paligemma_weights(
     vlm:PaliGemma, # The backbone
     layout:str = 'published', # A name in `PALIGEMMA`
-    aside:Mapping[str, Tensor]|None = None, # What `load_paligemma` put aside
+    aside:Iterable[str] = (), # Names of what `load_paligemma` put aside
 )->dict[str, Tensor]: # Tensors by their names
     "The weights as transformers names them"
     found = [l for l in PALIGEMMA if l.name == layout]
     if not found: raise ValueError(f'layout: expected one of {[l.name for l in PALIGEMMA]}, found {layout!r}')
-    twin = {k: vlm.embed.weight.detach() for k in aside or ()}    # as the words are now, not as they were
+    twin = {k: vlm.embed.weight.detach() for k in aside}    # as the words are now, not as they were
     return {found[0].theirs(f'vlm.{k}'): p.detach() for k,p in vlm.named_parameters()} | twin
 
 def export_paligemma(
     vlm:PaliGemma, # The backbone
     folder:str|Path, # To write; `config.json` and the tokenizer are those of the folder it came from
     layout:str = 'published', # A name in `PALIGEMMA`
-    aside:Mapping[str, Tensor]|None = None, # What `load_paligemma` put aside
+    aside:Iterable[str] = (), # Names of what `load_paligemma` put aside
 )->Path:
     "Write the weights as transformers names them, whole or not at all"
     with atomic_path(folder) as tmp:
