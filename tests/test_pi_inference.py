@@ -6,7 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from test_pi import awake, data, look, small, stats  # noqa: F401
 from test_pi_modes import make  # noqa: F401
-from vla_nb.core import Observation, fold_seed, read_weights, write_weights
+from vla_nb.core import Actions, Observation, Policy, fold_seed, read_weights, write_weights
+from vla_nb.eval.rollout import RecedingHorizon, rollout
 from vla_nb.objectives.realtime import guided_sample, identity_pull, jacobian_pull, left_over, soft_mask
 from vla_nb.policies.pi05 import Pi05
 from vla_nb.policies.pi_config import Pi05Config
@@ -14,6 +15,7 @@ from vla_nb.policies.pi_files import export_policy, start_pi
 from vla_nb.policies.pi_modes import Pi05Expert, Pi05Flat
 from vla_nb.policies.realtime import Pi05Realtime, Pi05RealtimeConfig, continue_chunk
 from vla_nb.policies.replan import Replan
+from vla_nb.run import Export, begin, export
 from vla_nb.text.pi_prompt import PROMPT
 
 torch.set_num_threads(1)
@@ -177,3 +179,43 @@ def test_starting_from_files(make, data, stats, tmp_path):
     strange = awake(replace(data, instruction=['other words']*4), stats)
     with pytest.raises(ValueError, match='tokenizer'): start_pi(strange, p)
     with pytest.raises(ValueError, match='merge_lora'): start_pi(make(), make(lora_rank=2))
+
+
+def test_from_run_to_run_and_out_again(make, data, tmp_path, capsys):
+    "`--init RUN`, `--init FOLDER`, `export --layout openpi`, with adapters on the way"
+    first = make(lora_rank=2)
+    with torch.no_grad():
+        for k,w in first.named_parameters(): w.add_(.05 if '.lora_B.' in k else 0.)
+    first.save_pretrained(tmp_path/'run')
+    want = first.act(look(data), seed=torch.arange(4), reasoning=go).action
+    export(Export(tmp_path/'run', tmp_path/'out', 'openpi'))
+    assert 'next:' in capsys.readouterr().out and (tmp_path/'out/norm_stats.json').exists()
+    for source,words in ((tmp_path/'run', 'a run of pi05'), (tmp_path/'out', 'openpi')):
+        q = make(lora_rank=3)
+        assert words in str(begin(q, source))
+        assert (q.act(look(data), seed=torch.arange(4), reasoning=go).action - want).abs().max() < 1e-5
+    with pytest.raises(ValueError, match='--init .*out: action_dim.*--model.pad-dims 2'): begin(make(pad_dims=5), tmp_path/'out')
+
+
+class Corridor:
+    "A world that ends after a number of steps that its seed says; it notes what it was told to do"
+    tasks, action_dim, max_steps = ('walk',), 2, 99
+    def reset(self, seed, task): self.left = 3 + seed; return self.observe()
+    def phrase(self, task, seed, heldout=False): return 'walk'
+    def observe(self): return Observation(torch.full((1, 1, 3, 4, 4), self.left).byte(), torch.zeros(1, 2), ['walk'])
+    def step(self, action): self.left -= 1
+    def achieved(self): return 'walk' if self.left <= 0 else None
+
+
+class Talker(Policy):
+    "Says the frame's level, which tells the robots apart"
+    name, speaks = 'talker', True
+    def act(self, obs, generator=None, seed=None, reasoning=None, among=None):
+        text = reasoning or [f'at {x}' for x in obs.images[:, 0, 0, 0, 0].tolist()]
+        return Actions(torch.zeros(len(obs), 1, 2), text)
+
+
+def test_memories_stay_with_their_episodes_in_a_rollout():
+    "Episodes of different lengths side by side: rows move up when one ends, memories do not"
+    found = rollout(Replan(Talker(None, None), every=4).act, Corridor, ['walk'], [5, 0, 3], n_envs=3, controller=RecedingHorizon(1), progress=False)
+    assert [e.words for e in found] == [('at 8',)*4 + ('at 4',)*4, ('at 3',)*3, ('at 6',)*4 + ('at 2',)*2]

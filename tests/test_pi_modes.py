@@ -25,7 +25,9 @@ def make(data, stats):
         p = cls(replace(first.config, **kw), stats, first.tokenizer).eval()
         own = dict(p.named_parameters())
         with torch.no_grad():
-            for k,v in first.named_parameters(): own[k if k in own else k.replace('.weight', '.base_layer.weight').replace('.bias', '.base_layer.bias')].copy_(v)
+            for k,v in first.named_parameters():
+                w = own[k if k in own else k.replace('.weight', '.base_layer.weight').replace('.bias', '.base_layer.bias')]
+                if w.shape == v.shape: w.copy_(v)
         return p
     return make
 

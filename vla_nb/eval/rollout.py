@@ -105,7 +105,7 @@ class _Run:
     "An episode under way"
     def __init__(self, env, task, seed, controller, condition, heldout, film):
         self.env, self.task, self.seed, self.alter, self.plan = env, task, seed, condition.alter, controller.start()
-        self.said, self.think, self.spoken = condition.say(task, env.tasks, seed), condition.think, []
+        self.said, self.think, self.spoken, self.key = condition.say(task, env.tasks, seed), condition.think, [], object()    # the key: who this robot is, for a policy with a memory
         self.thought = condition.think(task, env.tasks, seed) if condition.think else None
         if self.thought and not hasattr(env, 'reasoning'): raise ValueError(f'environment: expected one with a reasoning to put into the policy\'s mouth, found {type(env).__name__}; leave condition {condition.name!r} out')
         self.obs, self.words, self.steps = env.reset(seed, task), env.phrase(self.said, seed, heldout), 0
@@ -146,6 +146,7 @@ def _ask(act, runs, turn):
     takes, given = inspect.signature(act).parameters, dict(reasoning=[r.idea() for r in runs]) if runs[0].think else {}
     if given and 'reasoning' not in takes: raise ValueError('policy: expected one whose act takes a reasoning, found none; leave conditions that think out')
     draw = dict(seed=seeds) if 'seed' in takes else dict(generator=torch.Generator().manual_seed(seeds[0].item()))
+    if 'robots' in takes: draw['robots'] = [r.key for r in runs]
     with torch.inference_mode(): answer = act(obs, **draw, **given)
     for r,text in zip(runs, answer.text or ()): r.spoken.append(text)
     chunk = answer.action
