@@ -18,6 +18,7 @@ from .cache import CacheSource
 from .episode import EpisodeSource, Subset, digest, split_episodes
 from .folders import FolderSource, find_runs
 from .hdf5 import Hdf5Source, find_episodes
+from .lerobot import LeRobotSource, find_lerobot
 from .mixture import MixedWindows, Mixture, open_mixture
 from .parquet import ParquetSource, find_tables
 from .rlds import RldsSource, find_rlds
@@ -34,12 +35,13 @@ def open_source(
     if path.is_file(): raise NotADirectoryError(f'{path}: expected a folder of demonstrations, found a file; name the folder that holds the episodes')
     if not path.is_dir(): raise FileNotFoundError(f'{path}: expected a folder of demonstrations; found none. Record some: vla-nb record --out {path}')
     if (path/'meta.json').exists(): return CacheSource(path)
+    if find_lerobot(path): return LeRobotSource(path)    # has Parquet tables too, of another kind
     kinds = {'*.hdf5 episodes': (find_episodes(path), Hdf5Source), '*.parquet tables': (find_tables(path), ParquetSource), 'runs with actions.npy': (find_runs(path), FolderSource),
         'RLDS (features.json and TFRecord shards)': (find_rlds(path), RldsSource)}
     found = [k for k,(files,_) in kinds.items() if files]
     if len(found) > 1: raise ValueError(f'{path}: expected one kind of data, found {" and ".join(found)}; name a folder that holds one of them')
     if found: return kinds[found[0]][1](path)
-    raise ValueError(f'{path}: expected {", ".join(kinds)} or a meta.json of `vla-nb cache`; found none of them')
+    raise ValueError(f'{path}: expected {", ".join(kinds)}, a LeRobotDataset (meta/info.json) or a meta.json of `vla-nb cache`; found none of them')
 
 # %% ../../nbs/data/29_dataset.ipynb #445b02a1
 @dataclass(frozen=True)

@@ -81,15 +81,15 @@ class Tables:
             try: return f.read(columns)
             except (pa.ArrowException, OSError) as e: raise ValueError(f'{path}: file: expected a complete Parquet file, found {str(e).split(chr(10))[0]}; copy it again') from None
 
-    def cell(self, path, column, row)->bytes: # A file; one of its binary columns; a row of the file
-        "One cell's bytes. ValueError where it is empty or cannot be read"
+    def cell(self, path, column, row): # A file; one of its columns of pictures; a row of the file
+        "What is in one cell: bytes, or a dict where the column is a struct. ValueError where it is empty or cannot be read"
         import pyarrow as pa
         f, firsts = self.file(path)
         g = int(np.searchsorted(firsts, row, 'right')) - 1
         with self.lock:
             key = path, column, g
             if key not in self.groups:
-                try: self.groups[key] = f.read_row_group(g, [column], use_threads=False).column(0)
+                try: self.groups[key] = f.read_row_group(g, [column], use_threads=False)[column]
                 except (pa.ArrowException, OSError) as e: raise ValueError(f'{path}: {column}: expected readable rows, found {str(e).split(chr(10))[0]}; copy the file again') from None
                 while len(self.groups) > 1 and sum(c.nbytes for c in self.groups.values()) > self.keep: self.groups.popitem(last=False)
             self.groups.move_to_end(key)

@@ -85,7 +85,7 @@ def stored(
 # %% ../../nbs/data/10_parts.ipynb #f7ce1b8f
 def look(
     chart:Chart, # To fill; `at` says what the format calls its fields
-    parts:dict, # Arguments of `Episode` that could be read; cameras as `Pictures`
+    parts:dict, # Arguments of `Episode` that could be read; cameras as `Pictures`, or as frames of a video
     decode:bool, # Decode every frame; False: headers only
 )->Chart:
     "Judge an episode that came in parts"
@@ -97,6 +97,10 @@ def look(
     for cam,frames in parts.get('cameras', {}).items():
         found = []
         for i in range(len(frames)):
+            if not hasattr(frames, 'data'):    # video: there is a frame, or there is none
+                try: found.append((None, frames[i].shape[:2] if decode else frames.shape[:2]))
+                except (ValueError, OSError) as e: found.append((str(e), None))
+                continue
             try: data = frames.data(i)
             except (ValueError, OSError) as e: found.append((str(e), None)); continue
             why = _png_fault(data, decode) if is_png(data) else frame_fault(data, decode)
