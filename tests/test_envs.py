@@ -70,7 +70,7 @@ def test_probe_failure_is_an_answer():
     assert r.returncode == 0, r.stderr[-2000:]
 
 
-@pytest.mark.parametrize('suite', ['buttons', 'desk'])
+@pytest.mark.parametrize('suite', ['buttons', 'desk', 'desk_two'])
 def test_same_seed_same_world(suite):
     a, b = (Tabletop(suite, renderer='rays', size=32) for _ in range(2))
     task = a.tasks[-1]
@@ -241,7 +241,7 @@ def test_aloha_transfers_and_repeats(tmp_path):
     assert np.array_equal(again.action, e.action)
 
 
-@pytest.mark.parametrize('suite', ['buttons', 'desk'])
+@pytest.mark.parametrize('suite', ['buttons', 'desk', 'desk_two'])
 def test_recordings_are_healthy(tmp_path, suite):
     from vla_nb.data.doctor import check, report
     record(partial(Tabletop, suite, renderer='rays', size=16), tmp_path, episodes_per_task=2, workers=0, progress=False)

@@ -54,7 +54,7 @@ def test_the_place_in_the_words_is_the_place_in_the_picture(worlds):
             assert ('left', 'middle', 'right')[int(np.argmax(thirds))] in env.reasoning(task)
 
 
-@pytest.mark.parametrize('suite', list(SUITES))
+@pytest.mark.parametrize('suite', [name for name,s in SUITES.items() if s.steps is None])
 def test_the_expert_goes_over_once_from_moving_to_acting(worlds, suite):
     env = worlds[suite]
     for task in env.tasks:
