@@ -111,16 +111,20 @@ class Convert:
     "Rewrite demonstrations in another format, frame for frame"
     data:Positional[Path] # Folder of demonstrations
     out:Path # Folder to write; run it again to go on where it stopped
-    to:Literal['hdf5', 'folders', 'parquet'] = 'hdf5' # Format to write
+    to:Literal['hdf5', 'folders', 'parquet', 'rlds', 'lerobot', 'lerobot_v21'] = 'hdf5' # Format to write
     lossless:bool = False # Write frames that are not JPEG already without loss, instead of as JPEG
+    video:bool = False # LeRobot: cameras as MP4, smaller and with a loss, instead of pictures
 
 def convert(c:Convert):
     from vla_nb.data import convert as to
     from vla_nb.data.folders import folders
+    from vla_nb.data.lerobot_write import lerobot
     from vla_nb.data.parquet import parquet
-    formats = {'hdf5': to.hdf5(None if c.lossless else 'jpeg'), 'folders': folders(c.lossless), 'parquet': parquet(c.lossless)}
+    from vla_nb.data.rlds_write import rlds
+    formats = {'hdf5': to.hdf5(None if c.lossless else 'jpeg'), 'folders': folders(c.lossless), 'parquet': parquet(c.lossless), 'rlds': rlds(c.lossless),
+               'lerobot': lerobot('v3.0', c.video, lossless=c.lossless), 'lerobot_v21': lerobot('v2.1', c.video, lossless=c.lossless)}
     s = to.convert(open_source(c.data), c.out, to=formats[c.to])
-    print(f'wrote {s["written"]} of {s["episodes"]} episodes to {c.out}\nnext: vla-nb doctor {c.out}')
+    print(f'wrote {s["written"]} of {s["episodes"]} episodes to {c.out}' + (f' (worst frame {s["psnr"]} dB)' if s['psnr'] else '') + f'\nnext: vla-nb doctor {c.out}')
 
 # %% ../nbs/04_cli.ipynb #6c28f634
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ Docs: https://example.github.io/vla_nb/run.html.md"""
 
 # %% auto #0
 __all__ = ['POLICIES', 'tiny', 'tiny_words', 'recipes', 'owners', 'pi05_recipe', 'Train', 'asked_for', 'train_settings',
-           'only_one', 'begin', 'build', 'train', 'Eval', 'find_policy', 'load_policy', 'frame_size', 'closed_loop',
-           'eval_', 'film_report', 'Export', 'export']
+           'only_one', 'begin', 'build', 'train', 'Eval', 'find_policy', 'load_policy', 'load_thinker', 'frame_size',
+           'closed_loop', 'eval_', 'film_report', 'Export', 'export']
 
 # %% ../nbs/03_run.ipynb #9cae4d03
 import fcntl, json, os, sys
@@ -37,6 +37,7 @@ from .policies.pi_files import Start, export_policy, start_pi
 from .policies.pi_config import Pi05Config, pi05_base
 from .policies.pi_modes import Pi05Expert, Pi05Flat, Pi05High, Pi05HighFast
 from .policies.realtime import Pi05Realtime
+from .policies.replan import Replan
 from .policies.scaledp_stage1 import ScaleDPStage1
 from .train.checkpoint import checkpoints, latest
 from .train.config import TrainConfig, read_settings, unknown_name
@@ -165,6 +166,7 @@ class Eval:
     episodes:int = 20 # Scenes, each under every instruction
     seed:int = 100_000 # Of the first scene
     execute:int = 3 # Actions executed from each chunk before looking again
+    think_every:int = 1 # Chunks that a speaking policy makes from one subtask
     ensemble:bool = False # Look at every step and average what the chunks say (ACT), instead
     ablate:bool = True # Also with blank images, another instruction, none
     heldout:bool = False # Speak in sentences that training did not use
@@ -185,6 +187,11 @@ def load_policy(path:Path)->Policy:
     if name not in POLICIES: raise unknown_name(name, POLICIES, f'{path}/config.json: policy')
     return POLICIES[name].from_pretrained(find_policy(path))
 
+def load_thinker(folder:Path, every:int):
+    "The policy in a folder; one that speaks keeps a subtask for so many chunks"
+    policy = load_policy(folder)
+    return Replan(policy, every) if every > 1 else policy
+
 def frame_size(folder:Path)->int: # A policy's folder
     "The side of the square frames that a policy was trained on"
     seen = json.loads((folder/'stats.json').read_text()).get('frames', {'height': 64, 'width': 64})
@@ -198,7 +205,7 @@ def closed_loop(c:Eval)->tuple[dict, dict]: # Rows of the table; episodes of eac
     from vla_nb.eval.metrics import Success, tally
     from vla_nb.eval.rollout import RecedingHorizon, TemporalEnsemble, ablations, evaluate, ordinary
     folder, tasks = find_policy(c.policy), tuple(SUITES[c.suite].tasks)
-    got = evaluate(partial(load_policy, folder), partial(Tabletop, c.suite, renderer=c.renderer, size=frame_size(folder)), tasks, range(c.seed, c.seed+c.episodes),
+    got = evaluate(partial(load_thinker, folder, c.think_every), partial(Tabletop, c.suite, renderer=c.renderer, size=frame_size(folder)), tasks, range(c.seed, c.seed+c.episodes),
         conditions=(ordinary, *(ablations if c.ablate else ())), controller=TemporalEnsemble() if c.ensemble else RecedingHorizon(c.execute),
         heldout=c.heldout, n_envs=4, workers=c.workers, film=len(tasks) if c.report else 0)
     rows = {f'{SUITES[c.suite].tasks[t].phrases[0]}': s for t,s in tally((e.task, e.success) for e in got['ordinary']).items()}
