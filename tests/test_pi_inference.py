@@ -219,3 +219,11 @@ def test_memories_stay_with_their_episodes_in_a_rollout():
     "Episodes of different lengths side by side: rows move up when one ends, memories do not"
     found = rollout(Replan(Talker(None, None), every=4).act, Corridor, ['walk'], [5, 0, 3], n_envs=3, controller=RecedingHorizon(1), progress=False)
     assert [e.words for e in found] == [('at 8',)*4 + ('at 4',)*4, ('at 3',)*3, ('at 6',)*4 + ('at 2',)*2]
+
+
+def test_a_network_for_fewer_dimensions_is_refused(make, data, stats, tmp_path):
+    with pytest.raises(ValueError, match='pad_dims: expected at least the 2'): make(pad_dims=1)
+    out = export_policy(make(), tmp_path/'o')
+    wide = dict(stats, action={k: [*v, v[0]] for k,v in stats['action'].items()})
+    p = Pi05.from_data(small, data.instruction + data.subtask, wide)
+    with pytest.raises(ValueError, match='fewer dimensions than yours'): start_pi(p, out)

@@ -45,6 +45,7 @@ class Pi05(Policy):
         norm = quantile_openpi if config.released_norm else quantile
         with torch.device('cpu'): self.state_norm, self.action_norm = norm(stats['state']), norm(stats['action'])
         self.action_dim, self.words, self.fast = len(stats['action']['mean']), Words(tokenizer), fast_from_config(config.fast)
+        if 0 < config.pad_dims < self.action_dim: raise ValueError(f'pad_dims: expected at least the {self.action_dim} dimensions of the actions, found {config.pad_dims}; set it to 32 for released weights, or to 0')
         self.pi = attach_lora(Pi(config.size(self.action_dim, len(stats['state']['mean']))), config)
 
     @classmethod

@@ -20,7 +20,7 @@ from ..backbones.lora import is_lora
 from ..core import Policy, atomic_path, read_weights, write_json
 from .paligemma_weights import PALIGEMMA, load_paligemma
 from .pi05 import Pi05
-from .pi_released import LAYOUTS, Layout, PiSize, export_pi, find_layout, load_pi
+from .pi_released import LAYOUTS, Layout, export_pi, find_layout, load_pi
 
 # %% ../../nbs/policies/12_pi_files.ipynb #e7167ae4
 @dataclass
@@ -38,15 +38,16 @@ class Start:
 
 # %% ../../nbs/policies/12_pi_files.ipynb #4909c8c6
 def fits(
-    size:PiSize, # Of the policy
+    policy:Pi05, # Whose sizes are asked about
     weights:Mapping[str, Tensor], # By another program's names
     layout:Layout, # Whose
 ):
     "ValueError, with the setting that mends it, where vocabulary, action dimensions, width or depth are others"
+    size, few = policy.pi.size, 'its robots have fewer dimensions than yours; start from PaliGemma alone, or leave dimensions out'
     def of(name, axis): return weights[k].shape[axis] if (k := layout.theirs(name)) in weights else None
     layers = next(i for i in count() if layout.theirs(f'vlm.language_model.layers.{i}.mlp.up_proj.weight') not in weights)
     told = dict(vocab=(size.vocab, of('vlm.embed.weight', 0), "name PaliGemma's tokenizer in --model.tokenizer and set --model.vocab {}"),
-        action_dim=(size.action_dim, of('expert.action_in_proj.weight', 1), 'set --model.pad-dims {}'),
+        action_dim=(size.action_dim, dims := of('expert.action_in_proj.weight', 1), few if (dims or 0) < policy.action_dim else 'set --model.pad-dims {}'),
         width=(size.width, of('vlm.embed.weight', 1), 'set --model.width {}, and the other sizes of that model'),
         depth=(size.depth, layers, 'set --model.depth {}'))
     for k,(mine,found,mend) in told.items():
@@ -68,7 +69,7 @@ def start_pi(
     alone, table = layout in PALIGEMMA, layout.theirs('vlm.embed.weight')
     if alone and table in weights and len(weights[table]) == vocab+64:
         weights = {k: v[:vocab] if k in (table, layout.twin) else v for k,v in weights.items()}
-    fits(policy.pi.size, weights, layout)
+    fits(policy, weights, layout)
     _,aside = load_paligemma(policy.pi.vlm, weights) if alone else load_pi(policy.pi, weights)
     return Start(f'PaliGemma, {layout.name}', len(words), len(own)-len(words), tuple(aside)) if alone else Start(layout.name, len(own), 0, tuple(aside))
 
