@@ -212,3 +212,156 @@ def test_eyes_refuse_what_does_not_fit():
         with pytest.raises(ValueError, match='six channels of 16 pixels'): eyes(torch.zeros(1, 6, 8, 8))
         with pytest.raises(ValueError, match='words'): eyes(torch.zeros(1, 6, 16, 16), torch.zeros(1, 32))
         with pytest.raises(ValueError, match='same patches'): Prismatic(tiny_eyes(16, 3, 2, 8, 16)[0], tiny_eyes(16, 3, 2, 8, 32)[1], tiny_llama(60, 32, 2, 2, 48))
+
+
+# The policy: frames of 32 px, a language model of width 32, four samples of unequal length
+
+from dataclasses import replace
+
+from vla_nb.core import Observation, Samples
+from vla_nb.policies.openvla import OpenVLA
+from vla_nb.policies.openvla_config import OpenVLAConfig
+from vla_nb.text.action_bins import ActionBins
+from vla_nb.text.openvla_prompt import openvla_prompt
+from vla_nb.text.pi_prompt import small_gemma_tokenizer
+
+tiny = OpenVLAConfig(horizon=3, cameras=2, image=16, patch=8, vision_width=16, vision_heads=2, vision_depth=2, width=32, depth=1, heads=2, mlp=48, head_width=32, diffusion_steps=4, sample_steps=2)
+
+
+def one(x): return dict(mean=x.mean(0).tolist(), std=x.std(0).tolist(), min=x.amin(0).tolist(), max=x.amax(0).tolist(), q01=x.quantile(.01, 0).tolist(), q99=x.quantile(.99, 0).tolist())
+
+
+@pytest.fixture(scope='module')
+def data():
+    g = torch.Generator().manual_seed(0)
+    return Samples(torch.randint(0, 256, (4, 2, 3, 24, 32), dtype=torch.uint8, generator=g), torch.randn(4, 3, generator=g), ['press red', 'press the blue one', 'go', 'press red'],
+                   torch.randn(4, 3, 2, generator=g), torch.arange(3)[None] >= torch.tensor([3, 2, 1, 3])[:, None], torch.arange(4), subtask=['red is left', '', 'go', 'red is right'])
+
+
+@pytest.fixture(scope='module')
+def stats(data): return dict(state=one(data.state), action=one(data.action.flatten(0, 1)))
+
+
+def make(data, stats, **kw): return OpenVLA.from_data(replace(tiny, **kw), [*data.instruction, *data.subtask], stats)
+def seen(data, rows=slice(None)): return Observation(data.images[rows], data.state[rows], data.instruction[rows])
+
+
+@pytest.mark.parametrize('kw', [dict(), dict(head='diffusion'), dict(head='discrete'), dict(film=True), dict(lora_rank=2, film=True), dict(state_token=False, name_words=0.)], ids=str)
+def test_what_stands_still_is_what_gets_no_gradient(data, stats, kw):
+    p = make(data, stats, **kw).train()
+    p.loss(p.prepare(data)).total.backward()
+    groups = p.groups()
+    assert sorted(k for g in groups for k in g.params) == sorted(k for k,_ in p.named_parameters())
+    got = {k for k,q in p.named_parameters() if q.grad is not None}
+    assert got == {k for g in groups if g.trainable for k in g.params}
+
+
+@pytest.mark.parametrize('kw', [dict(), dict(head='diffusion'), dict(head='discrete'), dict(film=True)], ids=str)
+def test_neighbours_padding_and_folders_change_nothing(data, stats, kw, tmp_path):
+    p = make(data, stats, **kw).eval()
+    for f in (*(p.vlm.vision.dino_film or ()), *(p.vlm.vision.siglip_film or ())): nn.init.normal_(f.scale_fc.weight, std=.1)
+    a = p.act(seen(data), seed=data.seed).action
+    assert a.shape == (4, 3, 2) and torch.allclose(p.act(seen(data, slice(2, 3)), seed=data.seed[2:3]).action, a[2:3], atol=1e-4)
+    again = OpenVLA.from_pretrained(p.save_pretrained(tmp_path/'p'))
+    assert torch.equal(again.act(seen(data), seed=data.seed).action, a)
+    batch = p.prepare(data)
+    junk = replace(data, action=torch.where(data.action_is_pad[..., None], 99., data.action))
+    assert torch.equal(p.loss(batch).total, p.loss(p.prepare(junk)).total)
+    assert p.loss(batch).count == (~data.action_is_pad).sum()
+
+
+def test_padded_mean_depends_on_the_batch(data, stats):
+    "As released: the longest prompt of the batch changes what a short one sees"
+    p = make(data, stats, film=True, padded_mean=True).eval()
+    for f in (*p.vlm.vision.dino_film, *p.vlm.vision.siglip_film): nn.init.normal_(f.scale_fc.weight, std=.3)
+    assert not torch.allclose(p.act(seen(data, slice(2, 3))).action, p.act(seen(data)).action[2:3], atol=1e-4)
+
+
+def test_images_are_encoded_once(data, stats, monkeypatch):
+    p, calls = make(data, stats, head='diffusion').eval(), []
+    look = p.vlm.look
+    monkeypatch.setattr(p.vlm, 'look', lambda *a: (calls.append(1), look(*a))[1])
+    p.act(seen(data))
+    assert len(calls) == 1
+
+
+def test_an_energy_sees_no_action(data, stats):
+    "Contexts end before the state that foretells the first slot"
+    p = make(data, stats).eval()
+    b = p.prepare(data)
+    row = p._row(data.images, b, b['state'])
+    acting = row.acting()
+    n = row.before.shape[1]
+    asked = (b['real'] & ~b['slots']).sum(1) - 2    # without the space before the slots and the stop
+    assert torch.equal((~acting).sum(1), n + asked) and not acting[:, 0].any()
+    assert torch.equal(acting, torch.arange(acting.shape[1])[None] >= (n + asked)[:, None])
+
+
+def test_cameras_and_settings_are_checked(data, stats):
+    p = make(data, stats)
+    with pytest.raises(ValueError, match='expected 2 cameras'): p.act(replace(seen(data), images=data.images[:, :1]))
+    with pytest.raises(ValueError, match='divisor'): OpenVLAConfig(sample_steps=7)
+    with pytest.raises(ValueError, match='frozen'): OpenVLAConfig(frozen=('eyes',))
+
+
+@pytest.mark.parametrize('rank', [0, 2])
+def test_a_released_folder_becomes_a_policy(tmp_path, data, stats, rank):
+    torch.manual_seed(0)
+    model = Prismatic(*tiny_eyes(16, 3, 2, 8, 16), tiny_llama(32_064, 32, 1, 2, 48))
+    IO.write_openvla(model, tmp_path)
+    small_gemma_tokenizer([*data.instruction, *map(openvla_prompt, data.instruction)]).save_pretrained(tmp_path)
+    p = OpenVLA.from_data(OpenVLAConfig(horizon=3, cameras=2, vlm=str(tmp_path), head='discrete', head_width=32, lora_rank=rank, name_words=0.), [], stats).eval()
+    assert p.config.vlm == '' and p.config.top == 32_000 and p.config.image == 16
+    x = two_views(torch.randint(0, 256, (1, 2, 3, 16, 16), dtype=torch.uint8))
+    assert torch.allclose(p.vlm.look(x), model.look(x), atol=1e-6)
+    batch = p.prepare(data)
+    assert torch.equal(ActionBins().encode(batch['action']).flatten(1), batch['ids'][batch['slots']].unflatten(0, (4, -1)))
+    again = OpenVLA.from_pretrained(p.save_pretrained(tmp_path/'p'))
+    assert torch.equal(again.act(seen(data)).action, p.act(seen(data)).action)
+
+
+def test_a_recorded_run_acts_as_it_did(whole, tmp_path, data):
+    "The original's own weights as files of a run: the policy made of them predicts what the original predicted"
+    from vla_nb.core import write_json, write_weights
+    from vla_nb.policies.openvla_config import Row
+    from vla_nb.policies.openvla_released import from_released
+    base, run = tmp_path/'base', tmp_path/'run'
+    base.mkdir(), (run/'lora_adapter').mkdir(parents=True)
+    write_weights(base, {k: v.float() for k,v in whole['state_dict'].items()})
+    write_json(base/'config.json', dict(vla_nb=dict(heads=[2, 2, 4])))
+    small_gemma_tokenizer([*data.instruction, *map(openvla_prompt, data.instruction)]).save_pretrained(base)
+    from safetensors.torch import save_file
+    zero = {f'base_model.model.projector.fc1.lora_{x}.weight': v for x,v in (('A', torch.ones(2, 40)), ('B', torch.zeros(160, 2)))}
+    save_file(zero, run/'lora_adapter'/'adapter_model.safetensors')
+    write_json(run/'lora_adapter'/'adapter_config.json', dict(r=2, lora_alpha=1))
+    a, p = dict(q01=whole['norm_stats_q01'].tolist(), q99=whole['norm_stats_q99'].tolist(), mask=[True]*6 + [False]), dict(q01=[-1.]*8, q99=[1.]*8)
+    write_json(run/'dataset_statistics.json', dict(made=dict(action={**a, **{k: [0.]*7 for k in ('mean', 'std', 'min', 'max')}}, proprio={**p, **{k: [0.]*8 for k in ('mean', 'std', 'min', 'max')}})))
+    for part,key in (('action_head', 'head_state_dict'), ('proprio_projector', 'proprio_projector_state_dict')):
+        torch.save({f'module.{k}': v.float() for k,v in whole[key].items()}, run/f'{part}--150000_checkpoint.pt')
+    policy = from_released(run, base, cameras=2)
+    b = whole['batch']
+    slots, views = b['labels'] >= 31_744, b['pixel_values'].unflatten(1, (2, 6))
+    before = torch.cat([policy.vlm.look(views), policy.state_token(b['proprio'])[:, None]], 1)
+    said = policy.way.act(Row(policy.vlm, policy.vlm.embed(b['input_ids'], slots), b['attention_mask'], slots, before), None)
+    assert torch.allclose(said, whole['train_l1']['pred'], atol=1e-5)
+    at = [i for i in range(2) if torch.equal(b['input_ids'][i, :whole['predict_l1']['prompt_ids'].shape[1]], whole['predict_l1']['prompt_ids'][0])][0]
+    assert torch.allclose(policy.action_norm.inverse(said[at]).double(), whole['predict_l1']['actions'], atol=1e-4)
+
+
+def test_a_run_goes_on_where_it_stopped(data, stats, tmp_path):
+    from vla_nb.core import Batch
+    from vla_nb.train.checkpoint import latest
+    from vla_nb.train.config import TrainConfig
+    from vla_nb.train.loop import train
+    def run(out, stops):
+        for i,stop in enumerate(stops):
+            p = make(data, stats)
+            batch = p.prepare(data)
+            loader = lambda start, rank, world: (Batch({**batch, 'seed': batch['seed']+100*k}) for k in range(start, 4))
+            cfg = TrainConfig(steps=4, batch_size=4, lr=1e-3, warmup=1, ema=.9, save_every=1, eval_every=0, log_every=1, cpu=True, progress=False)
+            if stop < 4:
+                with pytest.raises(ValueError, match='loader: ended'): train(p, lambda *a: (b for b,_ in zip(loader(*a), range(stop))), cfg, out, resume=i > 0)
+            else: train(p, loader, cfg, out, [batch], resume=i > 0)
+        return OpenVLA.from_pretrained(latest(out)).state_dict()
+    a, b = run(tmp_path/'a', [4]), run(tmp_path/'b', [2, 4])
+    assert all(torch.equal(v, b[k]) for k,v in a.items())
