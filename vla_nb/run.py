@@ -31,6 +31,7 @@ from .policies.dexvla_qwen import DexVLAQwen
 from .policies.dexvla_files import Released
 from .policies.dexvla_released import Report, as_released, export_released, load_released
 from .policies.divla_tinyvla import DiVLAQwen, TinyVLAQwen
+from .policies.openvla import OpenVLA
 from .policies.paligemma_vla import PaliGemmaVLA
 from .policies.pi05 import Pi05
 from .policies.pi_files import Start, export_policy, start_pi
@@ -43,7 +44,7 @@ from .train.checkpoint import checkpoints, latest
 from .train.config import TrainConfig, read_settings, unknown_name
 
 # %% ../nbs/03_run.ipynb #498f16e7
-POLICIES = {p.name: p for p in (DexVLA, DexVLAQwen, DiVLAQwen, TinyVLAQwen, ScaleDPStage1, Pi05, Pi05High, Pi05HighFast, Pi05Expert, Pi05Flat, Pi05Realtime, PaliGemmaVLA)} # By the name in `config.json`
+POLICIES = {p.name: p for p in (DexVLA, DexVLAQwen, DiVLAQwen, TinyVLAQwen, ScaleDPStage1, Pi05, Pi05High, Pi05HighFast, Pi05Expert, Pi05Flat, Pi05Realtime, PaliGemmaVLA, OpenVLA)} # By the name in `config.json`
 
 tiny = TrainConfig(steps=2500, lr=3e-3, betas=(.9, .999), weight_decay=1e-3, warmup=100, ema=.995) # What the demo trains with
 tiny_words = replace(tiny, betas=(.9, .99), min_lr=.1) # For small language models: what `results/dexvla_reasoning.json` was trained with
@@ -60,7 +61,7 @@ class Train:
     "Train a policy on demonstrations; `accelerate launch -m vla_nb.cli train ...` uses several processes"
     data:Path # Folder of demonstrations, a packed cache of one, or a mixture's YAML file
     out:Path # Folder of the run: checkpoints, each a policy's folder, and log.jsonl
-    policy:Literal['dexvla', 'dexvla_qwen', 'divla_qwen', 'tinyvla_qwen', 'scaledp_stage1', 'pi05', 'pi05_high', 'pi05_high_fast', 'pi05_expert', 'pi05_flat', 'pi05_realtime', 'paligemma_vla'] = 'dexvla' # Which policy; `--policy NAME --help` lists its own settings
+    policy:Literal['dexvla', 'dexvla_qwen', 'divla_qwen', 'tinyvla_qwen', 'scaledp_stage1', 'pi05', 'pi05_high', 'pi05_high_fast', 'pi05_expert', 'pi05_flat', 'pi05_realtime', 'paligemma_vla', 'openvla'] = 'dexvla' # Which policy; `--policy NAME --help` lists its own settings
     preset:Literal['none', 'stage1', 'stage2', 'stage2_paper', 'stage3', 'divla', 'lora_debug', 'pi05'] = 'none' # A published recipe: sets the policy, its settings and the training's
     init:Path|None = None # Weights to start from: a released checkpoint, a stage-1 head, PaliGemma (for π), or another run (none: fresh ones)
     fast:Path|None = None # Action tokenizer from `vla-nb fast-fit`, for a policy that speaks actions (none: one of single numbers)
