@@ -1,4 +1,4 @@
-"Folders and Parquet: what is read, what is refused, and that every format goes into every other and back without a loss"
+"Folders and Parquet: what is read, what is refused; and that each of the five formats goes into every other and back without a loss"
 import json, pickle
 from functools import partial
 
@@ -14,14 +14,18 @@ from vla_nb.data.episode import ArraySource, EpisodeSource, Frames, Subset
 from vla_nb.data.folders import FolderSource, folders, slug, write_run
 from vla_nb.data.hdf5 import Hdf5Source, write_episode
 from vla_nb.data.integrity import notes
+from vla_nb.data.lerobot import LeRobotSource
+from vla_nb.data.lerobot_write import lerobot
 from vla_nb.data.loader import Loader
 from vla_nb.data.parquet import ParquetSource, Tables, parquet, write_parquet
 from vla_nb.data.parts import Pictures, decode_picture, encode_png, picture_size
+from vla_nb.data.rlds import RldsSource
+from vla_nb.data.rlds_write import rlds
 from vla_nb.data.stats import compute_stats
 
 inf = float('inf')
-formats = {'hdf5': (hdf5, Hdf5Source), 'folders': (folders, FolderSource), 'parquet': (parquet, ParquetSource)}
-exact = {'hdf5': hdf5(None), 'folders': folders(lossless=True), 'parquet': parquet(lossless=True)}
+formats = {'hdf5': (hdf5, Hdf5Source), 'folders': (folders, FolderSource), 'parquet': (parquet, ParquetSource), 'rlds': (rlds, RldsSource), 'lerobot': (lerobot, LeRobotSource), 'lerobot_v21': (partial(lerobot, 'v2.1'), LeRobotSource)}
+exact = {'hdf5': hdf5(None), 'folders': folders(lossless=True), 'parquet': parquet(lossless=True), 'rlds': rlds(lossless=True), 'lerobot': lerobot(lossless=True), 'lerobot_v21': lerobot('v2.1', lossless=True)}
 
 
 def keep(s): return s
@@ -79,13 +83,13 @@ def test_two_formats_in_one_folder_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r'expected one kind of data, found \*.hdf5 episodes and \*.parquet'): open_source(tmp_path)
 
 
-def test_one_mixture_of_three_formats(tmp_path):
+def test_one_mixture_of_all_formats(tmp_path):
     for k,(to,_) in formats.items(): convert(ArraySource([full(i) for i in range(4)]), tmp_path/k, to(), progress=False)
-    (tmp_path/'m.json').write_text(json.dumps(dict(t=dict(dataset_dir=list(formats), sample_weights=[1, 1, 2]))))
+    (tmp_path/'m.json').write_text(json.dumps(dict(t=dict(dataset_dir=list(formats), sample_weights=[1, 1, 2, 1, 1, 1]))))
     mix = open_source(tmp_path/'m.json')
     train, _ = train_val(mix, DataConfig(val_fraction=.25), 4)
-    assert check(mix) == [] and len(train) == 3*3*12
-    for s in Loader(train, 9, keep, size=(16, 24), steps=4): assert s.images.any()
+    assert check(mix) == [] and len(train) == 6*3*12
+    for s in Loader(train, 9, keep, size=(16, 24), steps=8): assert s.images.any()
 
 
 @pytest.mark.parametrize('kind', formats)
@@ -93,7 +97,7 @@ def test_a_fingerprint_changes_with_a_picture(tmp_path, kind):
     convert(ArraySource([full(0)]), tmp_path/'a', formats[kind][0](), progress=False)
     was = formats[kind][1](tmp_path/'a').fingerprint
     assert formats[kind][1](tmp_path/'a').fingerprint == was
-    p = next(p for p in (tmp_path/'a').rglob('*') if p.suffix in ('.hdf5', '.jpg', '.parquet'))
+    p = next(p for p in (tmp_path/'a').rglob('*') if 'meta' not in p.parts and (p.suffix in ('.hdf5', '.jpg', '.parquet') or '.tfrecord-' in p.name))
     p.write_bytes(p.read_bytes()[:-1])
     assert formats[kind][1](tmp_path/'a').fingerprint != was
 

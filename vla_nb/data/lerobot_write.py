@@ -132,7 +132,7 @@ class LeRobotWriter:
 
 def _say(f): return f'{f["dtype"]} {f["shape"]}' if f else 'none'
 
-# %% ../../nbs/data/26_lerobot_write.ipynb #274759ca
+# %% ../../nbs/data/26_lerobot_write.ipynb #29c106d1
 def write_lerobot(self:LeRobotWriter,
     path:Path, # The table's, as `place` said
     ep:Episode, # What to write
@@ -153,6 +153,7 @@ def read(self:LeRobotWriter, path:Path)->LeRobotSource: # A table that was just 
     m = self.meta
     return LeRobotSource(path.parents[2], meta=Meta(self.version, m.fps, m.features, m.data_path, m.video_path, m.chunk, m.episodes, *({v: k for k,v in d.items()} for d in (self.task, self.subtask))))
 
+# %% ../../nbs/data/26_lerobot_write.ipynb #25ebdfde
 def _table(path, rows, index=None): # What pandas reads with `index` as its index
     import pyarrow as pa, pyarrow.parquet as pq
     t = pa.Table.from_pylist(rows)
@@ -182,7 +183,7 @@ def finish(self:LeRobotWriter, out:Path, source:EpisodeSource, video:bool=False)
         lines = {f'{k}s': r for k,r in words.items()} | dict(episodes=rows, episodes_stats=[dict(episode_index=i, stats=s) for i,s in enumerate(stats)])
         for k,r in lines.items():
             with atomic_path(at/f'{k}.jsonl') as tmp: tmp.write_text(''.join(json.dumps(x, ensure_ascii=False)+'\n' for x in r), encoding='utf-8')
-    write_json(at/'info.json', info)    # last: a folder with it is a data set
+    write_json(at/'info.json', info)
 
 LeRobotWriter.write_lerobot, LeRobotWriter.read, LeRobotWriter.finish = write_lerobot, read, finish
 

@@ -165,7 +165,7 @@ class RldsSource:
     @cached_property
     def fingerprint(self):
         names = [p.name for p,_ in self.files]
-        return files_digest([self.folder/'features.json', *(p for p,_ in self.files)], ['features.json', *names], self.split, f'{self.standardize.__module__}.{self.standardize.__qualname__}', *self.cameras)
+        return files_digest([self.folder/'features.json', *(p for p,_ in self.files)], ['features.json', *names], self.split, *(getattr(self.standardize, k, '') for k in ('__module__', '__qualname__')), *self.cameras)
 
 # %% ../../nbs/data/21_rlds.ipynb #e6dd7fb7
 def lists(self:RldsSource, i, fail:Callable): # An episode; what to do with a fault

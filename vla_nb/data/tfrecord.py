@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from ..core import atomic_path
 from .hdf5 import files_digest
@@ -140,7 +141,7 @@ def index_shards(
             with np.load(cache, allow_pickle=False) as z:
                 if str(z['key']) == key: return z['rows'], z['faults'].tolist()
         except (ValueError, OSError, KeyError): pass    # of another version, or broken: made again
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool: found = list(pool.map(lambda f: index_shard(*f), files))
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool: found = list(tqdm(pool.map(lambda f: index_shard(*f), files), desc='index', unit='shard', total=len(files), disable=None))    # a bar on a terminal
     rows, faults = np.array([(s, *r[:3]) for s,rs in enumerate(found) for r in rs], np.int64).reshape(-1, 4), [r[3] for rs in found for r in rs]
     if cache and os.access(cache.parent, os.W_OK):
         with atomic_path(cache) as tmp, open(tmp, 'wb') as f: np.savez(f, key=np.array(key), rows=rows, faults=np.array(faults, dtype=np.str_))
