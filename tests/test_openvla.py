@@ -323,7 +323,7 @@ def test_a_released_folder_becomes_a_policy(tmp_path, data, stats, rank):
 def test_a_recorded_run_acts_as_it_did(whole, tmp_path, data):
     "The original's own weights as files of a run: the policy made of them predicts what the original predicted"
     from vla_nb.core import write_json, write_weights
-    from vla_nb.policies.openvla_config import Row
+    from vla_nb.policies.openvla_heads import Row
     from vla_nb.policies.openvla_released import from_released
     base, run = tmp_path/'base', tmp_path/'run'
     base.mkdir(), (run/'lora_adapter').mkdir(parents=True)

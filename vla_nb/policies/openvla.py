@@ -24,7 +24,8 @@ from ..core import Actions, Batch, Losses, Observation, ParamGroup, Policy, Samp
 from ..data.normalize import quantile
 from ..heads.noise_mlp import NumberToken
 from .dexvla import disturb, first_noise
-from .openvla_config import OpenVLAConfig, Row, model_of, param_groups, sizes_of, start, tiny_sizes, ways
+from .openvla_config import OpenVLAConfig, model_of, param_groups, sizes_of, start, tiny_sizes
+from .openvla_heads import Row, ways
 from .paligemma_vla import word_set_loss
 from ..text.action_bins import ActionBins
 from ..text.openvla_prompt import ActionRows, openvla_prompt, read_tokenizer
