@@ -17,14 +17,14 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from ..backbones.dual_vit import stretch, two_views
-from ..backbones.lora import attach, merge
+from ..backbones.lora import merge
 from ..backbones.prismatic import language_mean, language_mean_padded
-from ..backbones.prismatic_io import configs_of, load_openvla, lora_targets, read_openvla
+from ..backbones.prismatic_io import configs_of, load_openvla, read_openvla
 from ..core import Actions, Batch, Losses, Observation, ParamGroup, Policy, Samples
 from ..data.normalize import quantile
 from ..heads.noise_mlp import NumberToken
 from .dexvla import disturb, first_noise
-from .openvla_config import OpenVLAConfig, model_of, param_groups, sizes_of, start, tiny_sizes
+from .openvla_config import OpenVLAConfig, adapt, model_of, param_groups, sizes_of, start, tiny_sizes
 from .openvla_heads import Row, ways
 from .paligemma_vla import word_set_loss
 from ..text.action_bins import ActionBins
@@ -42,8 +42,7 @@ class OpenVLA(Policy):
         if tokenizer is None or c.sizes is None: raise ValueError('tokenizer, sizes: expected both, found none; OpenVLA.from_data makes them')
         with torch.device('cpu'): self.state_norm, self.action_norm = quantile(stats['state']), quantile(stats['action'])
         self.rows, self.words = ActionRows(tokenizer, ActionBins(c.top), c.horizon, self.action_dim), Words(tokenizer)
-        self.vlm = model_of(c.sizes, c.film)
-        if c.lora_rank: attach(self.vlm, lora_targets(self.vlm), c.lora_rank, c.lora_alpha, c.lora_dropout)
+        self.vlm = adapt(model_of(c.sizes, c.film), c)
         self.state_token = NumberToken(state_dim, self.vlm.width) if c.state_token else None
         self.way = ways[c.head](c, self.vlm.width, self.action_dim)
         self.naming = nn.Linear(self.vlm.width, len(tokenizer)) if c.name_words else None
@@ -80,7 +79,7 @@ def from_data(cls,
         policy = cls(replace(c, lora_rank=0, top=top, sizes=json.loads(json.dumps(sizes))), stats, tok)
         if config.vlm: load_openvla(policy.vlm, run.weights)
         else: start(policy.vlm, c.init, c.place_init)
-        if c.lora_rank: attach(policy.vlm, lora_targets(policy.vlm), c.lora_rank, c.lora_alpha, c.lora_dropout)
+        adapt(policy.vlm, c)
     policy.config = replace(policy.config, lora_rank=c.lora_rank)
     return policy
 

@@ -50,7 +50,7 @@ class Row(NamedTuple):
         begun = torch.cat([begun[:,1:], torch.ones_like(begun[:,:1])], 1)
         return join(begun, begun.new_zeros(self.before.shape[:2]))
 
-# %% ../../nbs/policies/13_openvla_heads.ipynb #89fcedf6
+# %% ../../nbs/policies/13_openvla_heads.ipynb #d76e7916
 def _mean(x, on): return torch.where(on, x, 0.).sum()/on.expand_as(x).sum().clamp(min=1)    # 0 where there is nothing, as after the first step of a chunk of one
 
 class ByRegression(nn.Module):
@@ -86,6 +86,7 @@ class ByDiffusion(nn.Module):
         def model(x, t): return self.head(row.states(slot_tokens(x, self.token), step_token(t, row.text.shape[2])))
         return ddim_sample(model, self.schedule, noise, self.steps)
 
+# %% ../../nbs/policies/13_openvla_heads.ipynb #1b8db3e6
 class ByWords(nn.Module):
     "A word for each number, all in one pass"
     def __init__(self, c, width, action_dim):
