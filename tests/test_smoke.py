@@ -1,10 +1,9 @@
 "Every policy learns from every format of demonstrations, and where nothing was lost in writing the losses are equal"
-import json
 from pathlib import Path
 
 import numpy as np, pytest
 
-from vla_nb.any_source import FORMATS, SMALL, Smoke, every_format, small_demonstrations, smoke
+from vla_nb.any_source import FORMATS, SMALL, every_format, read_smoke, small_demonstrations, smoke
 
 root = Path(__file__).resolve().parent.parent
 
@@ -20,5 +19,5 @@ def test_every_format_trains_every_policy_alike(policy, data, tmp_path):
     for r in rows: assert len(r.losses) == 2 and np.isfinite(r.losses).all() and np.isfinite(r.moves)
     for r in rows[1:]: np.testing.assert_allclose(r.losses, rows[0].losses, rtol=1e-6)
     assert rows[0].losses[0] != rows[0].losses[1]
-    kept = [Smoke(**r) for r in json.loads((root/'results'/'smoke.json').read_text())['runs']]
+    kept = read_smoke(root/'results'/'smoke.json')
     assert {(r.source, r.policy) for r in kept} >= {(r.source, r.policy) for r in rows}, 'write results/smoke.json again'
