@@ -58,7 +58,7 @@ class _Clip: # One open video
             self.file = av.open(str(path))
             self.stream = self.file.streams.video[0]
             found = sorted((p.pts, p.is_keyframe) for p in self.file.demux(self.stream) if p.pts is not None)
-        except (av.FFmpegError, OSError, IndexError) as e: raise ValueError(f'{path}: file: expected a whole video, found {str(e) or type(e).__name__}; copy it again') from None
+        except (av.FFmpegError, OSError, IndexError) as e: raise ValueError(f'{path}: file: expected a whole video, found {getattr(e, "strerror", None) or type(e).__name__}; copy it again') from None
         if not found: raise ValueError(f'{path}: file: expected frames, found none; copy it again')
         self.pts, self.keys = (np.array(x, np.int64) for x in ([p for p,_ in found], [p for p,k in found if k]))
         self.times, self.shape = self.pts*float(self.stream.time_base), (self.stream.height, self.stream.width, 3)
@@ -78,7 +78,7 @@ class _Clip: # One open video
                 self.recent[k] = f.to_ndarray(format='rgb24')
                 if len(self.recent) > 4: self.recent.popitem(last=False)
                 return self.recent[k]
-        except av.FFmpegError as e: self.next = None; raise ValueError(f'{self.path}: frame {k}: expected a frame, found {e}; copy the file again') from None
+        except av.FFmpegError as e: self.next = None; raise ValueError(f'{self.path}: frame {k}: expected a frame, found {e.strerror}; copy the file again') from None
         self.next = None
         raise ValueError(f'{self.path}: frame {k}: expected one of {len(self.pts)} frames, found none there; copy the file again')
 
