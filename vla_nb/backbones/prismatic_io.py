@@ -115,7 +115,7 @@ def configs_of(
     (vocab,width), (q,kv) = weights[f'{m}embed_tokens.weight'].shape, (len(weights[f'{m}layers.0.self_attn.{n}_proj.weight']) for n in 'qk')
     return (*eyes_of(weights, heads[:2]), LlamaConfig(vocab_size=vocab, hidden_size=width, intermediate_size=len(weights[f'{m}layers.0.mlp.gate_proj.weight']),
         num_hidden_layers=_depth(weights, f'{m}layers.'), num_attention_heads=heads[2], num_key_value_heads=heads[2]*kv//q, rms_norm_eps=eps, tie_word_embeddings=False,
-        rope_parameters=dict(rope_type='default', rope_theta=1e4)), any('.scale.' in k for k in weights))
+        rope_parameters=dict(rope_type='default', rope_theta=1e4), bos_token_id=None, eos_token_id=None), any('.scale.' in k for k in weights))
 
 # %% ../../nbs/backbones/10_prismatic_io.ipynb #28d28649
 @dataclass
@@ -206,16 +206,19 @@ def read_openvla(
     weights, files = read_weights(whole), {k: f for k in components if (f := _one(folder, k, step))}
     parts = {k: read_component(f) for k,f in files.items()}
     settings = json.loads((whole/'config.json').read_text()).get('vla_nb', {}) if (whole/'config.json').exists() else {}
-    how = json.loads((folder/'lora_adapter'/'adapter_config.json').read_text()) if base else {}
-    scale = how['lora_alpha']/how['r'] if base else .5    # OFT: alpha is half the rank, up to 32
+    how = json.loads(f.read_text()) if (f := folder/'lora_adapter'/'adapter_config.json').exists() else {}
+    def scale(lora): # alpha over rank; where nobody wrote it down, as OFT sets it
+        rank = how.get('r') or min(len(v) for k,v in lora.items() if '.lora_A' in k)
+        return how.get('lora_alpha', min(rank, 16))/rank
     if base:
         from safetensors.torch import load_file
         adapter = load_file(folder/'lora_adapter'/'adapter_model.safetensors')
         if 'vision_backbone' in parts: adapter = {k: v for k,v in adapter.items() if '.vision_backbone.' not in k}    # that file holds them too
-        weights = merge_adapter(weights, adapter, scale)
+        weights = merge_adapter(weights, adapter, scale(adapter))
     if eyes := parts.pop('vision_backbone', None):
         lora = {k: v for k,v in eyes.items() if '.lora_' in k}
-        plain = merge_adapter({k.replace('.base_layer', ''): v for k,v in eyes.items() if k not in lora}, lora, scale)
+        plain = {k.replace('.base_layer', ''): v for k,v in eyes.items() if k not in lora}
+        plain = merge_adapter(plain, lora, scale(lora)) if lora else plain
         weights = {k: v for k,v in weights.items() if not k.startswith('vision_backbone.')} | plain
     parts = {k: {n.replace('noise_predictor.mlp_resnet.', 'model.'): v for n,v in p.items()} for k,p in parts.items()}
     stats = folder/'dataset_statistics.json'

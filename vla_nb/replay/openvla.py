@@ -52,13 +52,14 @@ class Played:
     "The recorded model and its batch"
     def __init__(self, rec):
         self.rec, self.weights = rec, {k: v.float() for k,v in rec.under('state_dict').items()}
+        self.thin = {k: v[:1] if k.endswith(('embed_tokens.weight', 'lm_head.weight')) else v for k,v in self.weights.items()}    # without a vocabulary, to search with
         b = rec.under('batch')
         self.ids, self.labels, self.real, self.actions, self.state = (b[k] for k in ('input_ids', 'labels', 'attention_mask', 'actions', 'proprio'))
         self.views = rearrange(b['pixel_values'], 'b (n c) h w -> b n c h w', c=6)
         self.bins, self.state_token = ActionBins(), token_like(rec, 'proprio_projector_state_dict')
         self.l1, self.noise = head_like(rec, 'head_state_dict'), head_like(rec, 'diffusion_head_state_dict')
         self.noisy, self.slots = token_like(rec, 'noisy_action_projector_state_dict'), self.labels >= self.bins.lowest
-        self.eyes, self.llama = self._eyes(), None
+        self.eyes = self._eyes()
         self.llama = self._llama()
         self.vlm = self.with_eyes(self.weights)
         self.text = self.vlm.embed(self.ids, self.slots)
@@ -68,7 +69,7 @@ class Played:
     @torch.no_grad()
     def _eyes(self):
         widths = [self.weights[f'vision_backbone.{k}.pos_embed'].shape[2] for k in ('featurizer', 'fused_featurizer')]
-        def look(heads): return self.before(with_settings(self.weights, (*heads, 1)).look(self.views))
+        def look(heads): return self.before(with_settings(self.thin, (*heads, 1)).look(self.views))
         return nearest(list(product(*map(divisors, widths))), look, self.rec['train_l1/projected_patches'])
 
     @torch.no_grad()
@@ -76,7 +77,7 @@ class Played:
         q = len(self.weights['language_model.model.layers.0.self_attn.q_proj.weight'])
         x, real = self.rec['train_l1/hidden_0'], self.seen(self.rec['train_l1/projected_patches'])
         def first(setting):
-            llama = with_settings(self.weights, (*self.eyes, setting[0]), setting[1]).language_model.model
+            llama = with_settings(self.thin, (*self.eyes, setting[0]), setting[1]).language_model.model
             return llama(inputs_embeds=x, attention_mask=see_all(real), output_hidden_states=True, use_cache=False).hidden_states[1][real]
         tries = [(h, eps) for eps in (1e-6, 1e-5) for h in divisors(q) if q//h % 2 == 0]
         return nearest(tries, first, self.rec['train_l1/hidden_1'][real])

@@ -16,6 +16,7 @@ from ..heads.noise_mlp import step_token
 from ..objectives.diffusion import ddim_path, squared_cosine
 from .dexvla import nearest
 from .openvla import divisors, head_like, token_like
+from .openvla_energy import energy_rows
 from .recording import Recording, Row, compare, load_weights
 from ..text.action_bins import ActionBins, current_and_next, word_scores
 
@@ -109,3 +110,4 @@ def openvla_parts(rec:Recording): # -> rows
     yield from head_rows(rec)
     yield from diffusion_rows(rec)
     yield from film_rows(rec)
+    yield from energy_rows(rec)
