@@ -176,3 +176,18 @@ def test_adapting_a_released_folder(data, tmp_path, capsys):
         new = read_fast(tmp_path/'a.json', 6, 3)
         assert new.vocab == max(vocab, 500) and all(new.tokenizer.id_to_token(i) == old.tokenizer.id_to_token(i) for i in range(500))
     assert json.loads((tmp_path/'a.json').read_text())['report']['adapted'] == 'released'
+
+
+def test_the_commands_fit_and_train(data, tmp_path, capsys):
+    "vla-nb fast-fit, then vla-nb train --fast: the saved policy speaks with the fitted tokenizer; one for other chunks is refused"
+    from vla_nb.cli import main
+    from vla_nb.run import load_policy
+    assert main(['fast-fit', str(data), '--out', str(tmp_path/'f.json'), '--vocab', '300', '--val-fraction', '.25']) == 0
+    words = ['train', '--policy', 'pi05', '--data', str(data), '--fast', str(tmp_path/'f.json'), '--steps', '1', '--batch-size', '4', '--threads', '0', '--no-progress', '--cpu', '--warmup', '0',
+             '--height', '16', '--width', '16', '--model.image', '16', '--model.patch', '8', '--model.depth', '1', '--model.vision-depth', '1', '--val-fraction', '.25']
+    assert main([*words, '--out', str(tmp_path/'run')]) == 0
+    spoken = load_policy(tmp_path/'run').fast
+    assert fast_to_config(spoken) == fast_to_config(read_fast(tmp_path/'f.json', 6, 3))
+    capsys.readouterr()
+    assert main([*words, '--out', str(tmp_path/'no'), '--model.horizon', '8']) == 2
+    assert 'horizon: expected 8' in capsys.readouterr().err
