@@ -10,7 +10,6 @@ __all__ = ['Start', 'fits', 'start_pi', 'export_policy']
 # %% ../../nbs/policies/12_pi_files.ipynb #c4b36515
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -41,11 +40,11 @@ def fits(
     policy:Pi05, # Whose sizes are asked about
     weights:Mapping[str, Tensor], # By another program's names
     layout:Layout, # Whose
-):
+)->None:
     "ValueError, with the setting that mends it, where vocabulary, action dimensions, width or depth are others"
     size, few = policy.pi.size, 'its robots have fewer dimensions than yours; start from PaliGemma alone, or leave dimensions out'
     def of(name, axis): return weights[k].shape[axis] if (k := layout.theirs(name)) in weights else None
-    layers = next(i for i in count() if layout.theirs(f'vlm.language_model.layers.{i}.mlp.up_proj.weight') not in weights)
+    layers = 1 + max((i for i in range(100) if layout.theirs(f'vlm.language_model.layers.{i}.mlp.up_proj.weight') in weights), default=size.depth-1)    # with a gap, a tensor is missing, which `load_named` says
     told = dict(vocab=(size.vocab, of('vlm.embed.weight', 0), "name PaliGemma's tokenizer in --model.tokenizer and set --model.vocab {}"),
         action_dim=(size.action_dim, dims := of('expert.action_in_proj.weight', 1), few if (dims or 0) < policy.action_dim else 'set --model.pad-dims {}'),
         width=(size.width, of('vlm.embed.weight', 1), 'set --model.width {}, and the other sizes of that model'),

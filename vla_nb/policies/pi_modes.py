@@ -33,7 +33,7 @@ class Pi05High(Pi05):
         _,text = self._think(obs, reasoning, among)
         return Actions(self._robot(torch.zeros(len(obs), self.config.horizon, self.action_dim, device=self.device)), text)
 
-    def candidates(self, obs, n, *rest):
+    def candidates(self, obs, n, generator=None, seed=None, reasoning=None, among=None):
         raise ValueError(f'{self.name}: expected a policy that acts by flow, found one whose expert rests; load its weights into Pi05')
 
 # %% ../../nbs/policies/09_pi_modes.ipynb #e598e981

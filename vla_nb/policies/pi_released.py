@@ -104,6 +104,7 @@ def find_layout(
 )->Layout: # The one that knows most of them
     "Whose names these are; ValueError if nobody's"
     names = set(names)
+    if not names: raise ValueError('checkpoint: expected tensors, found none')
     best = max(layouts, key=lambda l: len(names & {l.theirs(n) for n in own}))
     hits = len(names & {best.theirs(n) for n in own})
     if hits*2 < len(own): raise ValueError(f'checkpoint: expected names of one of {[l.name for l in layouts]}, found {hits} of {len(own)} at most, such as {sorted(names)[0]!r}; is there a prefix before them all?')
