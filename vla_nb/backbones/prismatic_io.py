@@ -172,7 +172,7 @@ def merge_adapter(
             raise ValueError(f'adapter: {k}: expected a LoRA matrix, or a weight of the base model as it is there, found another; this base is not the one that was trained')
     return out
 
-# %% ../../nbs/backbones/10_prismatic_io.ipynb #7daab050
+# %% ../../nbs/backbones/10_prismatic_io.ipynb #172e4551
 components = 'action_head', 'proprio_projector', 'noisy_action_projector', 'vision_backbone' # What a run may hold beside the adapter
 
 def read_component(path:str|Path)->dict[str, Tensor]: # By name, without `module.`
@@ -190,6 +190,7 @@ class Run:
     stats:dict # `dataset_statistics.json`: name of a data set -> action, proprio
     heads:tuple[int, int, int] # Attention heads, for `configs_of`
 
+# %% ../../nbs/backbones/10_prismatic_io.ipynb #c010aba1
 def _one(folder, part, step):
     found = sorted(folder.glob(f'{part}--{step or "*"}_checkpoint.pt'))
     if len(found) > 1: raise ValueError(f'{folder}: {part}: expected one file, found {[f.name for f in found]}; name a step')
