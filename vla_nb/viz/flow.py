@@ -52,7 +52,7 @@ class FlowFigure:
         watch:tuple[int, int] = (-1, 0), # Step and dimension of the number whose field is drawn
         steps:int = 20, # Euler steps
         names:Sequence[str]|None = None, # Of the action's dimensions
-        target:Float[np.ndarray, "t a"]|None = None, # What the expert did, dotted; None: unknown
+        target:Float[np.ndarray, "..."]|None = None, # What the expert did, one chunk, dotted; None: unknown
         rows:int = 9, # Arrows above each other
     ):
         if target is not None and target.shape != noise.shape: raise ValueError(f'target: expected {noise.shape}, found {target.shape}; it is one chunk')
