@@ -160,6 +160,7 @@ def candidates(self:Pi05,
     among:list[str]|None = None, # Only these subtasks may be said; None: any words
 )->tuple[Float[Tensor, "b n t a"], list[str]|None]: # Chunks in robot units, and what was said
     "Say the subtask once, then do it in several ways"
+    if n < 1: raise ValueError(f'n: expected at least 1 chunk for each robot, found {n}')
     prefix,text = self._think(obs, reasoning, among)
     seeds = None if seed is None else torch.stack([seed, *(fold_seed(seed, j) for j in range(1, n))], 1).flatten()
     noise = first_noise((n*len(obs), self.config.horizon, self.pi.size.action_dim), seeds, generator, self.device)
