@@ -24,8 +24,10 @@ from .pi05 import Pi05
 from .pi_config import Pi05Config
 
 # %% ../../nbs/policies/12_realtime.ipynb #fcc38d3d
-def _under_way(policy, previous, executed):
+def _under_way(policy, obs, previous, executed):
     "The old chunk by the new one's count, normalised and padded"
+    if 'expert' in policy.still: raise ValueError(f'{policy.name}: expected a policy that acts by flow, found one whose expert rests; load its weights into Pi05')
+    if len(previous) != len(obs): raise ValueError(f'previous: expected {len(obs)} chunks, one for each robot, found {len(previous)}')
     if previous.shape[1] != policy.config.horizon: raise ValueError(f'previous: expected the whole chunk of {policy.config.horizon} steps, found {previous.shape[1]}; give it with its executed steps')
     return left_over(policy._pad(policy.action_norm.to(policy.device)(previous.to(policy.device))), executed)
 
@@ -43,8 +45,8 @@ def continue_chunk(
     "A chunk that goes on where another one is"
     c, size = policy.config, policy.pi.size
     with torch.inference_mode(False), torch.no_grad():
+        target, noise = _under_way(policy, obs, previous, executed), first_noise((len(obs), c.horizon, size.action_dim), seed, None, policy.device)
         prefix,text = policy._think(obs, reasoning, None)
-        target, noise = _under_way(policy, previous, executed), first_noise((len(obs), c.horizon, size.action_dim), seed, None, policy.device)
         weight = soft_mask(c.horizon, delay, executed).to(target)*(torch.arange(size.action_dim, device=target.device) < policy.action_dim)
         x = guided_sample(partial(policy._velocity, prefix), noise, target, weight, c.sample_steps, most, pull)
         return Actions(policy._robot(x), text)
@@ -79,7 +81,7 @@ class Pi05Realtime(Pi05):
         "A chunk whose beginning is given"
         c, left = self.config, self.config.horizon-executed
         if not 0 <= delay <= min(c.max_delay, left): raise ValueError(f'delay: expected 0 to {min(c.max_delay, left)}, as it was trained for and as is left of the chunk, found {delay}; train with a larger max_delay, or use the guided form')
+        target, noise = _under_way(self, obs, previous, executed), first_noise((len(obs), c.horizon, self.pi.size.action_dim), seed, None, self.device)
         prefix,text = self._think(obs, reasoning, None)
-        target, noise = _under_way(self, previous, executed), first_noise((len(obs), c.horizon, self.pi.size.action_dim), seed, None, self.device)
         given = (torch.arange(c.horizon, device=self.device) < delay).expand(len(obs), -1)
         return Actions(self._robot(prefixed_sample(partial(self._velocity, prefix), noise, target, given, c.sample_steps)), text)
