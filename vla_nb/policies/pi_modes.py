@@ -69,6 +69,8 @@ class Pi05Flat(Pi05):
         return low(spoken, flow, n, self.config.fast_weight, self.config.alpha)
 
     def _think(self, obs, reasoning, among):
+        if among is not None: raise ValueError(f'among: expected None, as {self.name} does not speak, found {len(among)} subtasks; give each robot one by `reasoning`')
+        if reasoning is not None and len(reasoning) != len(obs): raise ValueError(f'reasoning: expected {len(obs)}, one for each robot, found {len(reasoning)}')
         prefix,_ = super()._think(obs.say(reasoning) if reasoning else obs, ['']*len(obs), None)
         return prefix, reasoning
 
