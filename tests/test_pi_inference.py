@@ -7,12 +7,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from test_pi import awake, data, look, small, stats  # noqa: F401
 from test_pi_modes import make  # noqa: F401
 from vla_nb.core import Actions, Observation, Policy, fold_seed, read_weights, write_weights
-from vla_nb.eval.rollout import RecedingHorizon, rollout
+from vla_nb.eval.rollout import RecedingHorizon, evaluate, rollout
 from vla_nb.objectives.realtime import guided_sample, identity_pull, jacobian_pull, left_over, soft_mask
 from vla_nb.policies.pi05 import Pi05
 from vla_nb.policies.pi_config import Pi05Config
 from vla_nb.policies.pi_files import export_policy, start_pi
-from vla_nb.policies.pi_modes import Pi05Expert, Pi05Flat
+from vla_nb.policies.pi_modes import Pi05Expert, Pi05Flat, Pi05High
 from vla_nb.policies.realtime import Pi05Realtime, Pi05RealtimeConfig, continue_chunk
 from vla_nb.policies.replan import Replan
 from vla_nb.run import Export, begin, export
@@ -88,7 +88,7 @@ def live(data, stats):
     return p.eval()
 
 
-def test_guidance_on_the_policy(live, data):
+def test_guidance_on_the_policy(live, make, data):
     seed, obs = torch.arange(4), look(data)
     old, free = live.act(obs, seed=seed, reasoning=go).action, live.act(obs, seed=seed+9, reasoning=go).action
     assert torch.allclose(continue_chunk(live, obs, old, 1, 1, seed+9, go, most=0.).action, free, atol=1e-6), 'no weight, no guidance'
@@ -99,6 +99,9 @@ def test_guidance_on_the_policy(live, data):
     assert not any(p.grad is not None for p in live.parameters())
     with pytest.raises(ValueError, match='horizon|whole chunk'): continue_chunk(live, obs, old[:, 1:], 1, 1)
     with pytest.raises(ValueError, match='delay'): continue_chunk(live, obs, old, 2, 2)
+    for f in (lambda x: continue_chunk(live, obs, x, 1, 1), lambda x: live.continue_chunk(obs, x, 1, 1)):
+        with pytest.raises(ValueError, match='previous: expected 4 chunks'): f(old[:1])
+    with pytest.raises(ValueError, match='expert rests'): continue_chunk(make(Pi05High), obs, old, 1, 1)
 
 
 def test_given_beginnings_on_the_policy(live, data, tmp_path):
@@ -219,6 +222,15 @@ def test_memories_stay_with_their_episodes_in_a_rollout():
     "Episodes of different lengths side by side: rows move up when one ends, memories do not"
     found = rollout(Replan(Talker(None, None), every=4).act, Corridor, ['walk'], [5, 0, 3], n_envs=3, controller=RecedingHorizon(1), progress=False)
     assert [e.words for e in found] == [('at 8',)*4 + ('at 4',)*4, ('at 3',)*3, ('at 6',)*4 + ('at 2',)*2]
+
+
+@pytest.mark.parametrize('change', [0., 20.])
+def test_a_rollout_leaves_no_memories_behind(change):
+    policy = Replan(Talker(None, None), every=4, change=change)
+    evaluate(lambda: policy, Corridor, ['walk'], [5, 0, 3], n_envs=3, controller=RecedingHorizon(1), progress=False)
+    assert policy.thoughts and not policy.memory
+    policy.act(Corridor().reset(0, 'walk'))
+    assert (policy.memory[0].seen is None) == (change == 0), 'frames are kept where their change is asked for'
 
 
 def test_a_network_for_fewer_dimensions_is_refused(make, data, stats, tmp_path):

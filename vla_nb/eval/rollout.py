@@ -163,6 +163,7 @@ def policy_wave(policy, envs, episodes, controller, condition, heldout)->list[Ep
     while live:
         for r,chunk in zip(live, _ask(policy.act, live, turn)): r.go(chunk)
         live, turn = [r for r in live if not r.done], turn+1
+    for r in runs: getattr(policy, 'forget', lambda key: None)(r.key)    # of a policy with a memory
     return [r.result() for r in runs]
 
 # %% ../../nbs/eval/02_rollout.ipynb #4b379292

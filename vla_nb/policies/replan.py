@@ -23,7 +23,7 @@ class Thought:
     "What a robot is doing"
     text:str # The subtask
     age:int # Chunks that were made for it
-    seen:UInt8[Tensor, "n c h w"] # The frames at which it was decided
+    seen:UInt8[Tensor, "n c h w"]|None # The frames at which it was decided; None: nobody will ask
 
 class Replan:
     "A speaking policy that thinks only when it is due"
@@ -46,6 +46,10 @@ class Replan:
         if t is None or t.age >= self.every: return True
         return self.change > 0 and (seen.float()-t.seen.float()).abs().mean().item() > self.change
 
+    def note(self, robot:Hashable, text:str, seen:UInt8[Tensor, "n c h w"]):
+        "Keep a subtask, and the frames if their change will be asked for"
+        self.memory[robot] = Thought(text, 0, seen.clone() if self.change > 0 else None)
+
     def good(self, text:str)->bool: return bool(text) and (self.known is None or text in self.known)
 
 # %% ../../nbs/policies/12_replan.ipynb #ea9d0830
@@ -59,7 +63,7 @@ def act(self:Replan,
     "Chunks for the subtasks under way, new ones where it is time"
     n, names = len(obs), list(range(len(obs)) if robots is None else robots)
     seed = torch.randint(2**62, (n,), generator=generator) if seed is None else seed
-    if reasoning is not None: self.memory.update({r: Thought(s, 0, x) for r,s,x in zip(names, reasoning, obs.images)})
+    for r,s,x in zip(names, reasoning or (), obs.images): self.note(r, s, x)
     thinks = [i for i,r in enumerate(names) if reasoning is None and self.due(r, obs.images[i])]
     chunks = self._think(obs, seed, names, thinks) if thinks else {}
     rest = [i for i in range(n) if i not in chunks]
@@ -74,7 +78,7 @@ def _think(self:Replan, obs, seed, names, rows)->dict: # Chunks of the rows that
     made = self.policy.act(_rows(obs, rows), seed=seed[rows], **({} if self.known is None else {'among': list(self.known)}))
     self.thoughts, chunks = self.thoughts+len(rows), {}
     for i,chunk,text in zip(rows, made.action, made.text):
-        if self.good(text): self.memory[names[i]] = Thought(text, 0, obs.images[i])
+        if self.good(text): self.note(names[i], text, obs.images[i])
         if self.good(text) or names[i] not in self.memory: chunks[i] = chunk
     return chunks
 
