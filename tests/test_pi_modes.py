@@ -6,6 +6,7 @@ import pytest, torch
 from test_pi import awake, data, grads, look, stats  # noqa: F401
 from vla_nb.core import Samples
 from vla_nb.policies.pi05 import Pi05
+from vla_nb.policies.pi_config import Pi05Config
 from vla_nb.policies.pi_lora import lora_layers
 from vla_nb.policies.pi_modes import Pi05Expert, Pi05Flat, Pi05High, Pi05HighFast
 from vla_nb.text.pi_prompt import SAID, SPOKEN
@@ -131,3 +132,15 @@ def test_adapters_of_some_groups(make, data, stats):
 
 def test_a_policy_that_does_not_act_by_flow_has_no_candidates(make, data, stats):
     with pytest.raises(ValueError, match='flow'): make(Pi05High).candidates(look(data), 2)
+    with pytest.raises(ValueError, match='n: expected at least 1'): make().candidates(look(data), 0)
+
+
+def test_a_policy_that_does_not_speak_takes_one_subtask_a_robot_and_no_list(make, data):
+    for cls in (Pi05Flat, Pi05Expert):
+        with pytest.raises(ValueError, match='reasoning: expected 4'): make(cls).act(look(data), reasoning=['go']*3)
+        with pytest.raises(ValueError, match='among: expected None'): make(cls).act(look(data), among=['go'])
+
+
+@pytest.mark.parametrize('wrong', [dict(draws=0), dict(sample_steps=0), dict(fast_weight=-.1), dict(alpha=-1.), dict(kv_heads=0), dict(heads=4, kv_heads=3), dict(patch=0), dict(image=30)], ids=str)
+def test_settings_that_cannot_be_are_named(wrong):
+    with pytest.raises(ValueError, match='|'.join(wrong)): Pi05Config(**wrong)

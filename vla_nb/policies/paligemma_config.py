@@ -57,7 +57,9 @@ class PaliGemmaVLAConfig:
     state_noise:float = .05 # Training: noise on the state, in standard deviations
 
 # %% ../../nbs/policies/10_paligemma_config.ipynb #d9ebe3bd
-def tiny(): return PaliGemmaVLAConfig()
+def tiny()->PaliGemmaVLAConfig:
+    "The defaults: a policy that learns from nothing on one core"
+    return PaliGemmaVLAConfig()
 
 def paligemma_3b():
     "The walkthrough's system: PaliGemma 3B at 224 pixels, two cameras, eight actions, fifty Euler steps"
