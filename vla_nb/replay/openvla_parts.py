@@ -89,11 +89,11 @@ def _half(eyes, name, image, words=None):
 @torch.no_grad()
 def film_rows(rec): # -> rows
     "Features without and with FiLM, and one block"
-    from vla_nb.backbones.dual_vit import _dino_block, _siglip_block
+    from vla_nb.backbones.dual_vit import dino_block, siglip_block
     plain = {n: rec[f'film/{n}/plain_features'] for n in ('dino', 'siglip')}
     def fit(n): return nearest(divisors(plain[n].shape[2]), lambda h: _half(film_eyes(rec, 'plain', (h, 1) if n == 'dino' else (1, h)), n, rec[f'film/{n}/image']), plain[n])
     heads = tuple(map(fit, plain))
-    for n,block in zip(plain, (_dino_block, _siglip_block)):
+    for n,block in zip(plain, (dino_block, siglip_block)):
         o, words = f'film/{n}/', rec[f'film/{n}/language_embeddings'].mean(1)
         yield compare(f'{o}plain_features', _half(film_eyes(rec, 'plain', heads), n, rec[f'{o}image']), plain[n])
         eyes = film_eyes(rec, 'film', heads, words.shape[1])
