@@ -55,7 +55,8 @@ def every_format(
     formats:dict[str, Format] = FORMATS,
 )->dict[str, Path]: # The folders
     "The same demonstrations in each format"
-    return {k: [convert(source, folder/k, f, progress=False), folder/k][1] for k,f in formats.items()}
+    for k,f in formats.items(): convert(source, folder/k, f, progress=False)
+    return {k: folder/k for k in formats}
 
 # %% ../nbs/08_any_source.ipynb #c8a71bc7
 SMALL = dict( # Words that make each policy small enough to be tried anywhere
