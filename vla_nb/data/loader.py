@@ -172,7 +172,7 @@ class Loader:
         self.order = (windows.order(batch_size, seed, rank, world, drop_last) if shuffle and hasattr(windows, 'order')    # a weighted mixture's own
             else Order(len(windows), batch_size, seed, rank, world, shuffle, drop_last))
         self.read = ImageReader(windows.source, windows.cameras)
-        self.slabs = Slabs((batch_size, len(windows.cameras), *size, 3))
+        self.slabs = Slabs((batch_size*len(windows.frames_at(np.arange(1))), len(windows.cameras), *size, 3))
     def __len__(self): return self.order.steps
 
     def samples(self, step:int)->Samples:
@@ -180,9 +180,10 @@ class Loader:
         w = self.windows
         idx,seed = self.order(step)
         low = w.lowdim(idx, seed)
-        slab = self.slabs.take()    # late: by now the consumer has dropped the batch before the last
-        self.read(w.episode_of(idx), w.step_of(idx), slab.numpy()[:len(idx)])
-        return Samples(images=rearrange(slab[:len(idx)], 'b n h w c -> b n c h w'), **low)
+        at = w.frames_at(idx)
+        slab = self.slabs.take()[:at.size]    # late: by now the consumer has dropped the batch before the last
+        self.read(np.tile(w.episode_of(idx), len(at)), at.ravel(), slab.numpy())
+        return w.assemble(rearrange(slab, '(v b) n h w c -> v b n c h w', v=len(at), b=len(idx)), low)
 
     def batch(self, step): return self.prepare(self.samples(step))
 

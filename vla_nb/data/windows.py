@@ -6,7 +6,7 @@ Docs: https://example.github.io/vla_nb/data/windows.html.md"""
 
 # %% auto #0
 __all__ = ['controls', 'to_relative', 'from_relative', 'to_delta', 'from_delta', 'absolute', 'Windows', 'episode_of', 'step_of',
-           'chunk', 'lowdim', 'samples', 'to_absolute']
+           'chunk', 'lowdim', 'frames_at', 'assemble', 'samples', 'to_absolute']
 
 # %% ../../nbs/data/03_windows.ipynb #a029123f
 import numpy as np, torch
@@ -113,16 +113,25 @@ def lowdim(self:Windows, idx:np.ndarray, seed:Tensor)->dict: # Samples (b,); the
     return dict(state=self.state[torch.from_numpy(i)], instruction=[self.instruction[e] for e in ep], action=action, action_is_pad=pad, seed=seed,
         subtask=self.subtask and [self.subtask[j] for j in i], episode=torch.from_numpy(ep), step=torch.from_numpy(self.step_of(idx)))
 
+def frames_at(self:Windows, idx:np.ndarray)->np.ndarray: # Samples (b,); steps (v b): each sample holds frames of `v` moments
+    "The steps whose frames belong to each sample: here only its own"
+    return self.step_of(idx)[None]
+
+def assemble(self:Windows, images:Tensor, low:dict)->Samples: # Frames (v b n c h w) of those steps; what `lowdim` answered
+    "Frames and numbers together"
+    return Samples(images=images[0], **low)
+
 def samples(self:Windows, idx, seed=None)->Samples: # Samples; seeds, by default the indices
     "Whole samples, frames at full size: to look at a few; the loader does this at speed"
     idx = np.asarray(idx)
     low = self.lowdim(idx, torch.from_numpy(idx.astype(np.int64)) if seed is None else seed)
     eps = {e: self.source.episode(int(e)) for e in set(low['episode'].tolist())}
-    ims = [np.stack([eps[e].cameras[c][t] for c in self.cameras]) for e,t in zip(low['episode'].tolist(), low['step'].tolist())]
-    return Samples(images=rearrange(torch.from_numpy(np.stack(ims)), 'b n h w c -> b n c h w'), **low)
+    at, size = self.frames_at(idx), next(iter(eps.values())).cameras[self.cameras[0]].shape
+    ims = np.array([[[eps[e].cameras[c][t] for c in self.cameras] for e,t in zip(low['episode'].tolist(), row)] for row in at.tolist()], np.uint8)
+    return self.assemble(rearrange(torch.from_numpy(ims.reshape(*at.shape, len(self.cameras), *size)), 'v b n h w c -> v b n c h w'), low)
 
 def to_absolute(self:Windows, action, state)->Float[Tensor, "b t a"]: # Chunks as `control` writes them; states (b p)
     "What the robot is sent"
     return controls[self.control][1](action, state, self.dims)
 
-for f in (episode_of, step_of, chunk, lowdim, samples, to_absolute): setattr(Windows, f.__name__, f)
+for f in (episode_of, step_of, chunk, lowdim, frames_at, assemble, samples, to_absolute): setattr(Windows, f.__name__, f)
