@@ -17,6 +17,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+from .compare import Compare, compare
 from .data.dataset import open_source
 from .data.doctor import check, report, require_healthy
 from .data.integrity import notes
@@ -164,7 +165,7 @@ def bench(c:Bench):
 
 # %% ../nbs/04_cli.ipynb #0be66cc3
 COMMANDS = {'demo': (Demo, demo), 'record': (Record, record), 'train': (Train, train), 'eval': (Eval, eval_), 'export': (Export, export), 'stats': (Stats, stats),
-            'doctor': (Doctor, doctor), 'cache': (Cache, cache), 'convert': (Convert, convert), 'fast-fit': (FastFit, fast_fit), 'parity': (Parity, parity), 'bench': (Bench, bench)}
+            'doctor': (Doctor, doctor), 'cache': (Cache, cache), 'convert': (Convert, convert), 'fast-fit': (FastFit, fast_fit), 'parity': (Parity, parity), 'bench': (Bench, bench), 'compare': (Compare, compare)}
 
 def usage()->str:
     "What there is to run"

@@ -143,6 +143,7 @@ def build(c:Train): # -> policy, make_loader, validation batches
     told = [begin(policy, c.init)] if c.init and not (c.resume and checkpoints(c.out)) else []
     if hasattr(policy, 'cost'): told.append(policy.cost(*size, windows.instruction))
     if told and not int(os.environ.get('RANK', 0)): print(*told, sep='\n')
+    if hasattr(policy, 'windows'): windows, held_out = policy.windows(windows), policy.windows(held_out) if len(held_out) else held_out    # what it learns from besides: returns, next observations
     def make_loader(start, rank, world):
         return Loader(windows, c.train.batch_size, policy.prepare, seed=c.train.seed, size=size, rank=rank, world=world, start_step=start, threads=c.train.threads)
     val = Loader(held_out, min(c.train.batch_size, len(held_out)), policy.prepare, size=size, steps=min(8, -(-len(held_out)//c.train.batch_size))) if len(held_out) else None
