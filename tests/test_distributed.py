@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from toy_policy import Deep, ToyConfig, curve, deep, loader, settings, windows
+from toy_policy import Deep, ToyConfig, curve, deep, loader, settings, several, windows
 
 root = Path(__file__).resolve().parent.parent
 engines = ['ddp', 'fsdp2'] + ['zero2']*(importlib.util.find_spec('deepspeed') is not None)
@@ -18,21 +18,21 @@ kw = dict(steps=8, save_every=4, eval_every=4, log_every=2, clip=.3)
 val = [windows(32, seed=1), windows(16, seed=2)]
 
 
-def runs(out, batch_size, accumulate, **more):
+def runs(out, batch_size, accumulate, make=deep, **more):
     "A run; and the same run whose second half is a continuation"
     from vla_nb.train.loop import train
     cfg = settings(**{**kw, **more}, batch_size=batch_size, accumulate=accumulate)
-    train(deep(), loader(batch_size), cfg, out, val)
-    continued(out, out.with_name(f'{out.name}_again'), batch_size, accumulate, **more)
+    train(make(), loader(batch_size), cfg, out, val)
+    continued(out, out.with_name(f'{out.name}_again'), batch_size, accumulate, make, **more)
 
 
-def continued(out, again, batch_size, accumulate, **more):
+def continued(out, again, batch_size, accumulate, make=deep, **more):
     from vla_nb.train.loop import train
     if int(os.environ.get('RANK', 0)) == 0:
         shutil.copytree(out, again)
         shutil.rmtree(again/'checkpoint-000008')
     if torch.distributed.is_initialized(): torch.distributed.barrier()
-    train(deep(seed=5), loader(batch_size), settings(**{**kw, **more}, batch_size=batch_size, accumulate=accumulate), again, val, resume=True)
+    train(make(seed=5), loader(batch_size), settings(**{**kw, **more}, batch_size=batch_size, accumulate=accumulate), again, val, resume=True)
 
 
 def numbers(out):
@@ -94,6 +94,15 @@ def test_a_run_may_change_its_engine(engine, one, tmp_path):
     "Begun by one process, continued by two that share"
     launch(tmp_path, engine, str(one))
     assert max(apart(one, tmp_path/'run_again').values()) < 5e-6
+
+
+@pytest.mark.parametrize('engine', engines[:2])
+def test_groups_with_settings_of_their_own(engine, tmp_path):
+    "A group that is clipped alone, with its own memories, schedule and delay: two processes are one, and a resume goes on"
+    runs(tmp_path/'one', 8, 4, several)
+    launch(tmp_path, engine, 'several')
+    assert max(apart(tmp_path/'one', tmp_path/'run').values()) < 5e-6
+    assert apart(tmp_path/'run', tmp_path/'run_again') == dict(log=0, tensors=0)
 
 
 def test_clipping_counts(one, tmp_path):
@@ -159,6 +168,7 @@ def worker(out, engine, start=None, name='run_again'):
     loop.open_engine = watched
     out = Path(out)
     if start == 'dexvla': dexvla(out, 2)
+    elif start == 'several': runs(out/'run', 8, 2, several)
     elif start: continued(Path(start), out/name, 8, 2)
     else: runs(out/'run', 8, 2)
     if int(os.environ['RANK']) == 0: print('KIND '+json.dumps(seen), flush=True)

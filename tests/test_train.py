@@ -56,7 +56,7 @@ def test_frozen_parts_stay_and_groups_have_their_rates(tmp_path):
     for k,v in p.state_dict().items(): assert torch.equal(v, before[k]) == k.startswith('frozen'), k
     assert all(q.grad is None for k,q in p.named_parameters() if k.startswith('frozen'))
     opt = build_optimizer(p, settings())
-    assert {(g['name'], g['peak'], g['weight_decay']) for g in opt.param_groups} == {('net', .005, 1e-4), ('net', .005, 0.), ('out', .01, .01), ('out', .01, 0.)}
+    assert {(g['name'], g['own'].lr, g['weight_decay']) for g in opt.param_groups} == {('net', .005, 1e-4), ('net', .005, 0.), ('out', .01, .01), ('out', .01, 0.)}
 
 
 def test_half_precision_weights_and_empty_training_are_refused():

@@ -1,6 +1,6 @@
 "The smallest policy with everything a training loop can get wrong: padding, noise, dropout, a frozen part, two groups"
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -112,3 +112,17 @@ class Deep(Toy):
 def deep(seed=0, **config):
     torch.manual_seed(seed)
     return Deep(ToyConfig(**config))
+
+
+class Several(Deep):
+    "A part with what would be an optimiser of its own"
+    name = 'several'
+
+    def groups(self):
+        *rest,words = super().groups()
+        return [*rest, replace(words, betas=(.9, .999), eps=1e-6, weight_decay=.1, schedule='constant', warmup=2, clip=.05, delay=2)]
+
+
+def several(seed=0, **config):
+    torch.manual_seed(seed)
+    return Several(ToyConfig(**config))

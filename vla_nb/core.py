@@ -111,14 +111,21 @@ def draw_normal(seed, *shape, stream=0):
     return (-2*u[:,0].log()).sqrt() * (2*torch.pi*u[:,1]).cos()
 
 # %% ../nbs/00_core.ipynb #2732b079
-@dataclass
+@dataclass(frozen=True)
 class ParamGroup:
-    "Named parameters that share an optimiser setting"
+    "Named parameters that share an optimiser's settings; what is None is the run's own"
     name:str # Shown in logs and in the table of trainable counts
     params:dict[str, nn.Parameter] # By full name
     lr:float = 1. # Times the run's learning rate
-    weight_decay:float|None = None # None: the run's own
+    weight_decay:float|None = None # Decay of its matrices
     trainable:bool = True # False: frozen, no gradient, no optimiser state
+    betas:tuple[float, float]|None = None # AdamW's memories
+    eps:float|None = None # AdamW's smallest denominator
+    schedule:str|None = None # 'cosine', 'constant' or 'multistep'
+    warmup:int|None = None # Steps in which its rate rises
+    min_lr:float|None = None # Where its cosine ends, as a fraction of its peak
+    clip:float|None = None # Largest norm of its gradient alone (0: no clipping); None: it is clipped together with all that have none
+    delay:int = 0 # Optimiser steps for which it stands still; its warm-up comes after them
 
 @dataclass
 class Actions:

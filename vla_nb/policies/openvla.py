@@ -114,10 +114,13 @@ def _row(self:OpenVLA, images, words, state):
 def loss(self:OpenVLA, batch:Batch)->Losses:
     c, images, state = self.config, batch['images'], batch['state']
     if self.training: images, state = disturb(images, state, batch['seed'], c.shift, c.brightness, c.state_noise)
-    total,n,states,parts = self.way.loss(self._row(images, batch, state), batch['action'], batch['valid'], batch['seed'], batch['ids'])
+    return self._losses(self._row(images, batch, state), batch)
+
+def _losses(self:OpenVLA, row, batch)->Losses:
+    total,n,states,parts = self.way.loss(row, batch['action'], batch['valid'], batch['seed'], batch['ids'])
     if self.naming:
         parts = {**parts, 'naming': (l := word_set_loss(self.naming(states.mean(1)), batch['named']))}
-        total = total + c.name_words*l
+        total = total + self.config.name_words*l
     return Losses(total, {k: v.detach() for k,v in parts.items()}, n)
 
 @torch.no_grad()
@@ -130,6 +133,8 @@ def act(self:OpenVLA,
     device, words = self.device, Batch(self.rows.batch(list(obs.instruction))).to(self.device)
     row = self._row(obs.images.to(device), words, self.state_norm.to(device)(obs.state.to(device)))
     noise = first_noise((len(obs), self.config.horizon, self.action_dim), seed, generator, device)
-    return Actions(self.action_norm.to(device).inverse(self.way.act(row, noise)))
+    return Actions(self.action_norm.to(device).inverse(self._chunk(row, noise, seed)))
 
-OpenVLA._row, OpenVLA.loss, OpenVLA.act = _row, loss, act
+def _chunk(self:OpenVLA, row, noise, seed): return self.way.act(row, noise)    # normalised
+
+OpenVLA._row, OpenVLA.loss, OpenVLA._losses, OpenVLA.act, OpenVLA._chunk = _row, loss, _losses, act, _chunk

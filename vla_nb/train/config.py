@@ -26,9 +26,12 @@ class TrainConfig:
     betas:tuple[float, float] = (.9, .95) # AdamW's memories: of the gradient, and of its square
     eps:float = 1e-8 # AdamW's smallest denominator
     weight_decay:float = 1e-4 # AdamW's decay of matrices; vectors (biases, norms) are never decayed
-    warmup:int = 200 # Steps in which the learning rate rises from zero
-    schedule:Literal['cosine', 'constant'] = 'cosine' # What the learning rate does after the warm-up
+    warmup:int = 200 # Steps in which the learning rate rises
+    warmup_from:float = 0. # Where it rises from, as a fraction of lr
+    schedule:Literal['cosine', 'constant', 'multistep'] = 'cosine' # What the learning rate does after the warm-up
     min_lr:float = 0. # Where the cosine ends, as a fraction of lr
+    milestones:tuple[int, ...] = (100_000,) # Multistep: the steps at which the rate falls
+    gamma:float = .1 # Multistep: what each of them multiplies it by
     clip:float = 1. # Largest norm of the gradient (0: no clipping)
     ema:float = 0. # Decay of the averaged weights, which are then validated and deployed (0: no average)
     precision:Literal['no', 'bf16', 'fp16'] = 'no' # Autocast of the forward pass; weights stay float32
@@ -44,7 +47,7 @@ class TrainConfig:
     progress:bool = True # Show a progress line
 
     def __post_init__(self):
-        least = dict(steps=1, batch_size=1, accumulate=1, lr=0, eps=0, weight_decay=0, warmup=0, min_lr=0, clip=0, ema=0, eval_every=0, save_every=0, keep=0, log_every=1, threads=0)
+        least = dict(steps=1, batch_size=1, accumulate=1, lr=0, eps=0, weight_decay=0, warmup=0, warmup_from=0, min_lr=0, gamma=0, clip=0, ema=0, eval_every=0, save_every=0, keep=0, log_every=1, threads=0)
         for k,v in least.items():
             if not getattr(self, k) >= v: raise ValueError(f'{k}: expected at least {v}, found {getattr(self, k)}')
         if self.ema >= 1: raise ValueError(f'ema: expected a decay below 1 such as 0.999, found {self.ema}; an average with decay 1 never moves')
