@@ -76,8 +76,8 @@ class ValueSamples(Samples):
     discount:Float[Tensor, "b"] # gamma**n
     mask:Float[Tensor, "b"] # 0 where the goal is reached within the chunk, else 1
     mc_return:Float[Tensor, "b"] # What was really earned from this step on
-    features:Float[Tensor, "b n s d"]|None = None # Of the frozen backbone, in place of `images`, which are then none (b, 0, 3, h, w)
-    next_features:Float[Tensor, "b n s d"]|None = None # Of the frames of `next_obs`
+    features:Float[Tensor, "b m s d"]|None = None # Of the frozen backbone, `m` cameras of `s` tokens, in place of `images`, which are then none (b, 0, 3, h, w)
+    next_features:Float[Tensor, "b m s d"]|None = None # Of the frames of `next_obs`
 
 # %% ../../nbs/data/30_returns.ipynb #714835ae
 class ValueWindows(Windows):
@@ -89,7 +89,7 @@ class ValueWindows(Windows):
         num_pos:int = 3, # Frames at the end of a success that show the goal
         success = None, # A flag for each episode; None: their own, unknown ones count as successes
         reward = None, # One for each row of all episodes, end to end; None: -1 a step and 0 at the goal
-        features = None, # Reader of cached features, (episodes, steps) -> (b n s d); None: read frames
+        features = None, # Reader of cached features, (episodes, steps) -> (b m s d); None: read frames
     ):
         vars(self).update(vars(windows))
         self.base, self.gamma, self.n, self.features = windows, gamma, n or windows.horizon, features
