@@ -254,3 +254,29 @@ def test_sweeping_brings_back_a_folder_caught_between_two_names(tmp_path):
     sweep(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['checkpoint-000004', 'checkpoint-000008']
     assert (tmp_path/'checkpoint-000004'/'mark').read_text() == '.checkpoint-000004.77.old'
+
+
+def test_a_validation_ends_when_its_time_is_over(tmp_path, monkeypatch):
+    "At the same batches each time, and it says how many it read; with time enough it is the whole"
+    from vla_nb.train import loop
+    val, now = [windows(16, seed=i) for i in range(5)], [0.]
+    def run(name, **kw):
+        train(new(), loader(8), settings(steps=4, eval_every=2, **kw), tmp_path/name, val)
+        return [{k: v for k,v in r.items() if k.startswith('val/')} for r in read_log(tmp_path/name/'log.jsonl') if 'val/loss' in r]
+    whole, long = run('whole'), run('long', val_seconds=1e6)
+    assert whole == long and 'val/batches_of_a_part' not in whole[0]
+    class Clock:
+        def perf_counter(self): now[0] += 1.; return now[0]
+    monkeypatch.setattr(loop, 'time', Clock())
+    part = run('part', val_seconds=2.5)
+    assert [r.pop('val/batches_of_a_part') for r in part] == [3, 3]
+    monkeypatch.undo()
+    val[3:] = []
+    assert part == run('three')
+
+
+def test_after_each_step_the_policy_is_asked(tmp_path):
+    p, seen = new(), []
+    p.after_step = lambda step: seen.append((step, torch.is_grad_enabled()))
+    train(p, loader(8), settings(steps=3, accumulate=2, warmup=0), tmp_path)
+    assert seen == [(1, False), (2, False), (3, False)]

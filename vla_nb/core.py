@@ -156,6 +156,11 @@ class Policy(nn.Module):
     def groups(self)->list[ParamGroup]:
         "Parameter groups; by default one, with everything in it"
         return [ParamGroup('all', dict(self.named_parameters()))]
+    def after_step(self, step:int): # Optimiser steps done
+        "What follows each of the trainer's steps, such as moving target copies; without gradients, on every process"
+    def deployed(self)->tuple: # Settings, and tensors by name
+        "What `save_pretrained` writes; another than the policy itself where adapters are merged on the way"
+        return self.config, self.state_dict()
 
     def forward(self, batch): return self.loss(batch)    # what DDP and FSDP wrap
 
@@ -222,9 +227,10 @@ def save_pretrained(policy:Policy, folder:str|Path)->Path:
     "Write a policy's self-contained folder, whole or not at all"
     with atomic_path(folder) as tmp:
         tmp.mkdir()
-        write_json(tmp/'config.json', dict(policy=policy.name, **asdict(policy.config)))
+        config, weights = policy.deployed()
+        write_json(tmp/'config.json', dict(policy=policy.name, **asdict(config)))
         write_json(tmp/'stats.json', policy.stats)
-        write_weights(tmp, policy.state_dict())
+        write_weights(tmp, weights)
         if policy.tokenizer is not None: policy.tokenizer.save_pretrained(tmp/'tokenizer')
     return Path(folder)
 

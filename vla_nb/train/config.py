@@ -37,6 +37,7 @@ class TrainConfig:
     precision:Literal['no', 'bf16', 'fp16'] = 'no' # Autocast of the forward pass; weights stay float32
     seed:int = 0 # Order of the data, dropout and initial weights
     eval_every:int = 500 # Steps between validations (0: at the end only)
+    val_seconds:float = 0. # When a validation ends although batches are left (0: it reads them all)
     save_every:int = 500 # Steps between checkpoints (0: at the end only)
     keep:int = 2 # How many of the newest checkpoints stay (0: all)
     log_every:int = 10 # Steps between readings of the losses; each reading waits for the device
@@ -47,7 +48,7 @@ class TrainConfig:
     progress:bool = True # Show a progress line
 
     def __post_init__(self):
-        least = dict(steps=1, batch_size=1, accumulate=1, lr=0, eps=0, weight_decay=0, warmup=0, warmup_from=0, min_lr=0, gamma=0, clip=0, ema=0, eval_every=0, save_every=0, keep=0, log_every=1, threads=0)
+        least = dict(steps=1, batch_size=1, accumulate=1, lr=0, eps=0, weight_decay=0, warmup=0, warmup_from=0, min_lr=0, gamma=0, clip=0, ema=0, eval_every=0, val_seconds=0, save_every=0, keep=0, log_every=1, threads=0)
         for k,v in least.items():
             if not getattr(self, k) >= v: raise ValueError(f'{k}: expected at least {v}, found {getattr(self, k)}')
         if self.ema >= 1: raise ValueError(f'ema: expected a decay below 1 such as 0.999, found {self.ema}; an average with decay 1 never moves')

@@ -85,6 +85,7 @@ class Trainer:
         total = torch.cat([total.new_full((1,), stop), total])
         if self.world > 1: total = self.acc.reduce(total, 'sum')
         norm = self.engine.step((self.cfg.batch_size*self.world/total[1].clamp(min=1)).float())
+        with torch.no_grad(): self.bare.after_step(k+1)
         if self.ema: self.ema.update()
         return k+1, self.names, total, norm, lr
 
@@ -96,21 +97,30 @@ def validate(self:Trainer, batches:Iterable[Batch])->dict[str, float]: # `val/lo
     return _mean_losses(self, batches)
 
 def _mean_losses(self, batches):
-    rng, names, total = rng_state(self.acc.device), ['loss'], 0
+    rng, names, total, began, limit = rng_state(self.acc.device), ['loss'], 0, time.perf_counter(), self.cfg.val_seconds
     self.engine.model.eval()
-    for b in batches:
+    for seen,b in enumerate(batches, 1):
         count,*names = out = self.engine.evaluate(b)
         n = out[count].double()
         total = total + torch.stack([n, *(n*out[k].double() for k in names)])
+        if limit and _over(self, total, began): break
+    else: limit = 0.
     self.engine.model.train()
     set_rng_state(rng, self.acc.device)    # a validation must not change the training that follows
     n,*sums = total.tolist()
-    return {('val/loss' if k == 'loss' else 'val/'+k.removeprefix('loss/')): s/max(n, 1) for k,s in zip(names, sums)}
+    partial = {'val/batches_of_a_part': seen} if limit else {}
+    return {('val/loss' if k == 'loss' else 'val/'+k.removeprefix('loss/')): s/max(n, 1) for k,s in zip(names, sums)} | partial
+
+def _over(self, total, began):
+    "Whether the first process has no time left; all ask together"
+    total.cpu()    # what was started must be done before its time is read
+    late = torch.tensor(float(self.main and time.perf_counter()-began > self.cfg.val_seconds), device=self.acc.device)
+    return bool(self.acc.reduce(late, 'sum') if self.world > 1 else late)
 
 Trainer.validate = validate
 
 # %% ../../nbs/train/07_loop.ipynb #900f8eed
-_free = {'steps', 'eval_every', 'save_every', 'keep', 'log_every', 'track', 'project', 'threads', 'cpu', 'progress', 'batch_size', 'accumulate'}
+_free = {'steps', 'eval_every', 'val_seconds', 'save_every', 'keep', 'log_every', 'track', 'project', 'threads', 'cpu', 'progress', 'batch_size', 'accumulate'}
 
 def save(self:Trainer, step:int, track:Track)->Path: # The checkpoint's folder
     "Write a checkpoint and prune the old ones; all processes call it"
@@ -151,7 +161,7 @@ def train(
     make_loader:Callable[[int, int, int], Iterable[Batch]], # (first micro-step, rank, world) -> prepared batches from there on
     cfg:TrainConfig, # Settings of the run
     out:str|Path, # The run's folder: checkpoints and log.jsonl
-    val_batches:Iterable[Batch]|None=None, # Prepared held-out batches, read at every validation
+    val_batches:Iterable[Batch]|None=None, # Prepared held-out batches, or what makes them in the same order again (a `Loader` that ends), read at every validation
     resume:bool=False, # Continue from the newest checkpoint in `out`, if there is one
     run:dict|None=None, # More settings to record: policy, data, command
 )->dict: # steps, checkpoint, log, last losses, seconds, samples_per_s
