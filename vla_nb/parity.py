@@ -10,6 +10,7 @@ __all__ = ['kinds', 'check', 'parity']
 # %% ../nbs/01_parity.ipynb #ba8a5d52
 from pathlib import Path
 
+from .replay.calql import calql
 from .replay.dexvla import dexvla
 from .replay.dexvla_dataset import dexvla_dataset
 from .replay.fast import fast
@@ -24,7 +25,7 @@ from .replay.unet1d import unet1d
 
 # %% ../nbs/01_parity.ipynb #5b3df913
 kinds = dict(scaledp=scaledp, film=film, unet1d=unet1d, dexvla=dexvla, dexvla_dataset=dexvla_dataset,
-    pi05=pi, pi0=pi, preproc=preproc, fast=fast, openvla=openvla, openvla_parts=openvla_parts) # kind -> generator of rows
+    pi05=pi, pi0=pi, preproc=preproc, fast=fast, openvla=openvla, openvla_parts=openvla_parts, calql=calql) # kind -> generator of rows
 
 # %% ../nbs/01_parity.ipynb #f2105bb7
 def check(
