@@ -21,10 +21,10 @@ from .doctor import Chart
 from .episode import Episode
 from .hdf5 import files_digest
 from .parquet import Tables, read_column
-from .parts import Pictures, look, refuse
+from .parts import Pictures, in_parts, look, refuse
 from .video import Clips, VideoFrames, nearest
 
-# %% ../../nbs/data/25_lerobot.ipynb #a7af5c0b
+# %% ../../nbs/data/25_lerobot.ipynb #fb631e3d
 @dataclass
 class Meta:
     "What stands in `meta/`"
@@ -43,6 +43,7 @@ class Meta:
 
 def _camera(key): return key.removeprefix('observation.images.').removeprefix('observation.')
 
+# %% ../../nbs/data/25_lerobot.ipynb #abba6336
 def _lines(path):
     try: return [json.loads(l) for l in path.read_text(encoding='utf-8').splitlines() if l.strip()]
     except (OSError, ValueError) as e: raise ValueError(f'{path}: file: expected a line of JSON for each entry, found {e if path.exists() else "no file"}; copy it again') from None
@@ -59,20 +60,30 @@ def _rows(paths, where): # Parquet files of `meta/`, joined
 def _words(at, name, key): # Number -> words; {} where a folder has no such table
     if (at/f'{name}.parquet').exists():
         rows = _rows([at/f'{name}.parquet'], at)
-        return {r[f'{key}_index']: next(v for k,v in r.items() if k != f'{key}_index' and isinstance(v, str)) for r in rows}
-    return {r[f'{key}_index']: r[key] for r in _lines(at/f'{name}.jsonl')} if (at/f'{name}.jsonl').exists() else {}
+        _entries(at/f'{name}.parquet', rows, f'{key}_index')
+        return {r[f'{key}_index']: next((v for k,v in r.items() if k != f'{key}_index' and isinstance(v, str)), '') for r in rows}
+    if not (at/f'{name}.jsonl').exists(): return {}
+    return {r[f'{key}_index']: r[key] for r in _entries(at/f'{name}.jsonl', _lines(at/f'{name}.jsonl'), f'{key}_index', key)}
+
+def _entries(path, rows, *names): # Rows that have them
+    for k,r in enumerate(rows):
+        if miss := [n for n in names if not isinstance(r, dict) or r.get(n) is None]: raise ValueError(f'{path}: entry {k}: {miss[0]}: expected a value, found {list(r) if isinstance(r, dict) else r}; copy it again')
+    return rows
 
 def read_meta(root:str|Path)->Meta:
     "Read `meta/` of either version. ValueError with the file and the field that is missing or not known"
     at = Path(root)/'meta'
     try: info = json.loads((at/'info.json').read_text(encoding='utf-8'))
+    except FileNotFoundError: raise ValueError(f'{root}: meta/info.json: expected a LeRobotDataset, found none; name its folder') from None
     except ValueError as e: raise ValueError(f'{at/"info.json"}: file: expected JSON in UTF-8, found {e}; copy it again') from None
-    version = str(info.get('codebase_version'))
+    version = str(info.get('codebase_version') if isinstance(info, dict) else None)
     if not version.startswith(('v2.', 'v3.0')): raise ValueError(f"{at/'info.json'}: codebase_version: expected 'v2.0', 'v2.1' or 'v3.0', found {version!r}; convert the data set with the scripts of LeRobot")
     if miss := [k for k in ('fps', 'features', 'data_path') if k not in info]: raise ValueError(f'{at/"info.json"}: {miss[0]}: expected an entry, found {list(info)}; copy it again')
+    if not isinstance(info['fps'], (int, float)) or not info['fps'] > 0: raise ValueError(f'{at/"info.json"}: fps: expected steps a second, found {info["fps"]!r}; write the rate of the recording')
+    if not isinstance(info['features'], dict) or not all(isinstance(f, dict) for f in info['features'].values()): raise ValueError(f'{at/"info.json"}: features: expected a description of each column, found {str(info["features"])[:40]}; copy it again')
     episodes = _lines(at/'episodes.jsonl') if version < 'v3' else [{k: v for k,v in r.items() if not k.startswith('stats/')} for r in _rows(sorted((at/'episodes').rglob('*.parquet')), at/'episodes')]
     if not (tasks := _words(at, 'tasks', 'task')): raise ValueError(f'{at}: tasks: expected tasks.{"jsonl" if version < "v3" else "parquet"}, found none, or an empty one; copy the folder again')
-    return Meta(version, info['fps'], info['features'], info['data_path'], info.get('video_path'), info.get('chunks_size', 1000), sorted(episodes, key=lambda r: r['episode_index']), tasks, _words(at, 'subtasks', 'subtask'))
+    return Meta(version, info['fps'], info['features'], info['data_path'], info.get('video_path'), info.get('chunks_size', 1000), sorted(_entries(at/'episodes', episodes, 'episode_index', 'length'), key=lambda r: r['episode_index']), tasks, _words(at, 'subtasks', 'subtask'))
 
 # %% ../../nbs/data/25_lerobot.ipynb #c2c2b7e6
 def find_lerobot(path:str|Path)->list[Path]:
@@ -81,14 +92,16 @@ def find_lerobot(path:str|Path)->list[Path]:
 
 def data_file(meta:Meta, row:dict)->str: # Of an episode
     "Its table, relative to the folder"
-    i = row['episode_index']
-    return meta.data_path.format(episode_chunk=i//meta.chunk, episode_index=i, chunk_index=row.get('data/chunk_index'), file_index=row.get('data/file_index'))
+    return _file(meta, 'data_path', row, 'data')
+
+def _file(meta, template, row, at, **kw): # A template's name; where the row says its numbers
+    i, where = row['episode_index'], {k: row.get(f'{at}/{k}') for k in ('chunk_index', 'file_index')}
+    try: return getattr(meta, template).format(episode_chunk=i//max(1, meta.chunk), episode_index=i, **where, **kw)
+    except (KeyError, TypeError, AttributeError, ValueError): raise ValueError(f'episode {i}: {template}: expected numbers that fill {getattr(meta, template)!r}, found {where}; copy meta/ again') from None
 
 def video_file(meta:Meta, row:dict, key:str)->tuple[str, float]: # Of an episode; a camera's column
     "Its video, relative to the folder, and the second at which the episode begins in it"
-    i = row['episode_index']
-    name = meta.video_path.format(episode_chunk=i//meta.chunk, episode_index=i, video_key=key, chunk_index=row.get(f'videos/{key}/chunk_index'), file_index=row.get(f'videos/{key}/file_index'))
-    return name, float(row.get(f'videos/{key}/from_timestamp') or 0)
+    return _file(meta, 'video_path', row, f'videos/{key}', video_key=key), float(row.get(f'videos/{key}/from_timestamp') or 0)
 
 # %% ../../nbs/data/25_lerobot.ipynb #35cff142
 columns_at = dict(action='action', state='observation.state', velocity='observation.velocity', reward='next.reward', camera='', reasoning='subtask', instruction='task')
@@ -119,6 +132,7 @@ class LeRobotSource:
         "The table of episode `i`, its first row there and the one after its last. ValueError where they are not together"
         row = self.meta.episodes[i]
         path, k = self.folder/data_file(self.meta, row), row['episode_index']
+        if 'episode_index' not in (names := self.tables.file(path)[0].schema_arrow.names): raise ValueError(f'{path}: episode_index: expected a column, found {names}; copy the file again')
         if path not in self._spans: self._spans[path] = np.asarray(self.tables.read(path, ['episode_index'])['episode_index'])
         at = np.flatnonzero(self._spans[path] == k)
         if not len(at) or len(at) != row['length'] or at[-1]-at[0] >= len(at): raise ValueError(f'episode_index: expected {row["length"]} rows of episode {k} together, as meta/ says, found {len(at)}; copy the folder again')
@@ -188,9 +202,6 @@ def examine(self:LeRobotSource, i, decode=True)->Chart: # As `doctor.examine`
     "Everything that is wrong with episode `i` by itself"
     chart = Chart(self.describe(i), at=columns_at)
     try: return look(chart, self.parts(i, None, chart.blame), decode)
-    except ValueError as e:
-        where, what = str(e).split(': expected ', 1) if ': expected ' in str(e) else ('file', str(e))
-        chart.blame(where.rsplit(': ', 1)[-1], *what.rsplit(';', 1)[0].split(', found ', 1), 'copy it again, or leave it out')
-        return chart
+    except ValueError as e: return chart.blame(*in_parts(str(e))) or chart
 
 for f in (numbers, frames_of, parts, episode, examine): setattr(LeRobotSource, f.__name__, f)

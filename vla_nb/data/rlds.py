@@ -20,8 +20,8 @@ import numpy as np
 from .doctor import Chart
 from .episode import Episode
 from .hdf5 import files_digest
-from .parts import Pictures, look, refuse
-from .tfrecord import Maps, crc_fault, index_shards, parse_example, read_list
+from .parts import Opened, Pictures, in_parts, look, refuse
+from .tfrecord import crc_fault, index_shards, map_file, parse_example, read_list
 
 # %% ../../nbs/data/21_rlds.ipynb #af3c7c10
 @dataclass(frozen=True)
@@ -95,6 +95,12 @@ def find_rlds(
     if (path/'features.json').exists(): return [path]
     return sorted(p.parent for p in path.glob('*/features.json') if not p.parent.name.startswith('.'))
 
+def _shards(data, split, form): # Names of a split's files, and how many episodes each holds
+    if split.get('multiSplitInfos'): raise ValueError('several data sets in one')
+    template, n = split.get('filepathTemplate') or '{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}', len(split['shardLengths'])
+    for k,m in enumerate(split['shardLengths']):
+        yield template.format(DATASET=data, SPLIT=split['name'], FILEFORMAT=form, SHARD_INDEX=f'{k:05d}', NUM_SHARDS=f'{n:05d}', SHARD_X_OF_Y=f'{k:05d}-of-{n:05d}'), int(m)
+
 def read_info(
     folder:Path, # Of a data set
 )->tuple[str, dict[str, list[tuple[Path, int]]]]: # Its name; for each split its files, and how many episodes each holds
@@ -103,14 +109,10 @@ def read_info(
     if not path.exists(): raise ValueError(f'{folder}: dataset_info.json: expected the list of shards, found none; copy the folder again, or let the conversion finish')
     try: info = json.loads(path.read_text(encoding='utf-8'))
     except ValueError as e: raise ValueError(f'{path}: file: expected JSON in UTF-8, found {e}; copy it again') from None
+    if not isinstance(info, dict): raise ValueError(f'{path}: file: expected a dictionary, found a {type(info).__name__}; copy it again')
     if (form := info.get('fileFormat', 'tfrecord')) != 'tfrecord': raise ValueError(f"{path}: fileFormat: expected 'tfrecord', found {form!r}; write the data set as TFRecord")
-    splits = {}
-    for s in info.get('splits', []):
-        if s.get('multiSplitInfos') or 'shardLengths' not in s: raise ValueError(f'{path}: splits: {s.get("name")}: expected shardLengths, found none; copy it again')
-        n, lens = len(s['shardLengths']), map(int, s['shardLengths'])
-        template = s.get('filepathTemplate') or '{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}'
-        said = lambda k: dict(DATASET=info['name'], SPLIT=s['name'], FILEFORMAT=form, SHARD_INDEX=f'{k:05d}', NUM_SHARDS=f'{n:05d}', SHARD_X_OF_Y=f'{k:05d}-of-{n:05d}')
-        splits[s['name']] = [(folder/template.format(**said(k)), m) for k,m in enumerate(lens)]
+    try: splits = {s['name']: [(folder/name, m) for name,m in _shards(info['name'], s, form)] for s in info['splits']}
+    except (KeyError, TypeError, AttributeError, ValueError) as e: raise ValueError(f'{path}: splits: expected a name and shardLengths of each, found {e!r}; copy it again') from None
     if not splits: raise ValueError(f'{path}: splits: expected at least one, found none; copy it again')
     return info['name'], splits
 
@@ -139,7 +141,7 @@ class RldsSource:
     ):
         found = find_rlds(path)
         if len(found) != 1: raise ValueError(f'{path}: expected one data set (a folder with features.json), found {len(found) or "none"}; name the folder of one version')
-        self.folder, self.standardize, self.named, self.maps = found[0], standardize, cameras, Maps()
+        self.folder, self.standardize, self.named, self.maps = found[0], standardize, cameras, Opened(map_file)
         self.features = read_features(self.folder/'features.json')
         self.name, splits = (self.folder.name, {'train': [(Path(p), None) for p in files]}) if files is not None else read_info(self.folder)
         self.split = split or ('train' if 'train' in splits else next(iter(splits)))
@@ -171,15 +173,10 @@ class RldsSource:
 def lists(self:RldsSource, i, fail:Callable): # An episode; what to do with a fault
     "The file's bytes and where each list of a record lies; None where the record cannot be read and `fail` returned"
     s,_,a,n = self.index[i].tolist()
-    if self.faults[i]: return fail(*_fault(self.faults[i]))
+    if self.faults[i]: return fail(*in_parts(self.faults[i]))
     buf = self.maps[self.files[s][0]]
     try: return buf, parse_example(buf, a, a+n)
     except (ValueError, KeyError, TypeError, IndexError) as e: return fail('data', 'a tf.train.Example', str(e), 'write the data set again')
-
-def _fault(text): # 'field: expected x, found y; mend' as its parts
-    field, rest = text.split(': expected ', 1)
-    expected, rest = rest.split(', found ', 1)
-    return field, expected, *rest.rsplit('; ', 1)
 
 def record(self:RldsSource, i, names=None)->dict: # An episode; which features (None: all that can be read)
     "Features of episode `i` as they are stored, by name: arrays, texts, and the bytes of images. ValueError where one cannot be read"
@@ -219,7 +216,7 @@ def parts(self:RldsSource, i, cameras, fail:Callable)->dict: # An episode; names
         if f is None or f.kind != 'image': fail(k, 'an image', f'{f.kind if f else "no such feature"}', f'name some of {[c for c in self.cameras]}'); continue
         if (spans := decode(buf, where.get(k, (0, 0)), f, k, fail)) is not None:
             spans = spans[keep]
-            got['cameras'][cam] = Pictures(lambda j, s=spans: bytes(buf[slice(*s[j])]), len(spans), f'{self.describe(i)}: {cam}')
+            got['cameras'][cam] = Pictures(lambda j, s=spans, at=self.files[self.index[i,0]][0]: bytes(self.maps[at][slice(*s[j])]), len(spans), f'{self.describe(i)}: {cam}')
     return got
 
 # %% ../../nbs/data/21_rlds.ipynb #e5dadf06
@@ -232,8 +229,9 @@ def examine(self:RldsSource, i, decode=True)->Chart: # As `doctor.examine`
     "Everything that is wrong with episode `i` by itself; its checksum is verified again"
     chart = Chart(self.describe(i), at=fields_at)
     s,_,a,n = self.index[i].tolist()
-    if not self.faults[i] and (fault := crc_fault(self.maps[self.files[s][0]], a, n)): return chart.blame(*_fault(f'data: {fault}; copy the file again')) or chart
-    found = self.parts(i, None, chart.blame)
+    if not self.faults[i] and (fault := crc_fault(self.maps[self.files[s][0]], a, n)): return chart.blame(*in_parts(f'data: {fault}; copy the file again')) or chart
+    try: found = self.parts(i, None, chart.blame)
+    except ValueError as e: return chart.blame(*in_parts(str(e))) or chart    # what a standardisation refuses
     return look(chart, found, decode) if found else chart
 
 for f in (lists, record, parts, episode, examine): setattr(RldsSource, f.__name__, f)

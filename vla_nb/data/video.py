@@ -8,7 +8,7 @@ Docs: https://example.github.io/vla_nb/data/video.html.md"""
 __all__ = ['write_video', 'Clips', 'nearest', 'VideoFrames']
 
 # %% ../../nbs/data/24_video.ipynb #2ad51c80
-import os, threading
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from fractions import Fraction
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import atomic_path
+from .parts import Opened
 
 # %% ../../nbs/data/24_video.ipynb #d7751e7d
 def _av():
@@ -35,9 +36,11 @@ def write_video(
 )->Path:
     "Write frames as an MP4, whole or not at all. ValueError where they cannot be encoded"
     av = _av()
+    if not fps > 0 or codec not in av.codecs_available: raise ValueError(f'video: expected frames a second above 0 and a codec of this FFmpeg, found {fps} and {codec!r}')
     with atomic_path(path) as tmp, av.open(str(tmp), 'w', format='mp4') as out:
         stream = None
         for x in frames:
+            if x.ndim != 3 or x.shape[2] != 3 or x.dtype != np.uint8: raise ValueError(f'frames: expected uint8 (h, w, 3), found {x.dtype} {x.shape}')
             h,w = x.shape[:2]
             if stream is None:
                 if h%2 or w%2: raise ValueError(f'frames: expected an even height and width for video, found {h} x {w}; keep them as pictures')
@@ -83,18 +86,9 @@ class _Clip: # One open video
         raise ValueError(f'{self.path}: frame {k}: expected one of {len(self.pts)} frames, found none there; copy the file again')
 
 # %% ../../nbs/data/24_video.ipynb #ca9eded5
-class Clips:
-    "Open videos: lazily, per process, at most `size` at once"
-    def __init__(self, size=32): self.size, self.pid = size, None
-    def __getstate__(self): return dict(size=self.size, pid=None)
-    def __getitem__(self, path):
-        if self.pid != os.getpid(): self.pid, self.open, self.lock = os.getpid(), OrderedDict(), threading.Lock()
-        with self.lock:
-            if path not in self.open:
-                self.open[path] = _Clip(path)
-                if len(self.open) > self.size: self.open.popitem(last=False)
-            self.open.move_to_end(path)
-            return self.open[path]
+class Clips(Opened):
+    "Open videos"
+    def __init__(self, size=32): super().__init__(_Clip, size) # How many at once
     def frame(self, path, k)->np.ndarray: # A file; a frame's number, as it is shown
         "Frame `k` of a file: uint8 (h, w, 3), RGB"
         clip = self[path]
@@ -111,7 +105,7 @@ def nearest(
     k = np.clip(np.searchsorted(times, seconds), 1, max(1, len(times)-1))
     k = np.minimum(k - (seconds-times[k-1] < times[np.minimum(k, len(times)-1)]-seconds), len(times)-1)
     off = np.abs(times[k]-seconds)
-    if len(bad := np.flatnonzero(off > .2/fps)): return fail(f'a frame at {seconds[bad[0]]:.4f} s, for step {bad[0]}', f'the nearest of {len(times)} at {times[k[bad[0]]]:.4f} s')
+    if len(bad := np.flatnonzero(~(off <= .2/fps))): return fail(f'a frame at {seconds[bad[0]]:.4f} s, for step {bad[0]}', f'the nearest of {len(times)} at {times[k[bad[0]]]:.4f} s')
     return k.astype(np.int64)
 
 class VideoFrames:
