@@ -17,7 +17,7 @@ from vla_nb.data.returns import ValueWindows, mc_returns, n_step, rewards
 from vla_nb.data.rlds_write import rlds
 from vla_nb.data.windows import Windows
 
-recorded = torch.load(Path(__file__).parent/'fixtures'/'returns.pt', weights_only=True)
+recorded = torch.load(Path(__file__).parent/'fixtures'/'calql.pt', weights_only=True)
 
 
 def numbered(e, l, success):
@@ -34,7 +34,7 @@ def test_recorded_returns():
         assert torch.equal(torch.from_numpy(reward), r['reward'])
         assert torch.equal(torch.from_numpy(mask).float(), r['mask'])
     assert torch.equal(written['mc'], written['reward'])
-    assert torch.allclose(torch.from_numpy(mc_returns(reward, mask, b, recorded['gamma'])), meant['mc'], atol=1e-5)
+    assert torch.allclose(torch.from_numpy(mc_returns(reward, mask, b, recorded['meta']['discount'])), meant['mc'], atol=1e-5)
 
 
 @pytest.mark.parametrize('n', [1, 3, 50])
