@@ -46,12 +46,12 @@ def hume_sample(
 def tempered_sample(
     model:Callable, # As in `hume_sample`
     noise:Float[Tensor, "b t a"], # Never written to
-    time:Float[Tensor, "b"], # Where each row's first step ends; the smaller, the closer to one step
+    time:Float[Tensor, "b"], # Where each row's first step ends; from 1-1/steps on, it is Euler's own
     temperature:Float[Tensor, "b"], # What each row's noise is multiplied with
     steps:int = 10, # Evaluations of every row
 )->Float[Tensor, "b t a"]:
     "From τ = 1 to `time` in one step, then evenly to 0"
-    time, first = time.to(noise), torch.ones_like(time, device=noise.device, dtype=noise.dtype)
+    time, first = time.to(noise).clamp(max=1-1/steps), torch.ones_like(time, device=noise.device, dtype=noise.dtype)
     if steps > 1: rest = [time*k/(steps-1) for k in range(steps-1, -1, -1)]
     else: rest = [torch.zeros_like(first)]
     x = noise*temperature.to(noise)[:,None,None]
