@@ -63,7 +63,8 @@ SMALL = dict( # Words that make each policy small enough to be tried anywhere
     dexvla='--model.width 32 --model.channels 8 --model.learned 4 --model.spoken 4 --model.head-width 32 --model.head-depth 1 --model.combine-width 32',
     pi05='--model.image 16 --model.width 32 --model.hidden 32 --model.expert-width 32 --model.expert-hidden 32 --model.depth 1 --model.vision-width 32 --model.vision-depth 1 --model.vision-hidden 32',
     paligemma_vla='--model.image 16 --model.width 32 --model.mlp 32 --model.depth 1 --model.vision-width 32 --model.vision-depth 1 --model.vision-mlp 32 --model.head-width 32 --model.head-depth 1',
-    openvla='--model.image 16 --model.patch 8 --model.width 32 --model.mlp 32 --model.depth 1 --model.vision-width 32 --model.vision-depth 2 --model.head-width 32')
+    openvla_energy='--model.image 16 --model.patch 8 --model.width 32 --model.mlp 32 --model.depth 1 --model.vision-width 32 --model.vision-depth 2 --model.head-width 32 --model.energy-width 16 --model.energy-delay 0 --model.energy-warmup 0',
+    comet='--model.pi.image 16 --model.pi.width 32 --model.pi.hidden 32 --model.pi.expert-width 32 --model.pi.expert-hidden 32 --model.pi.depth 1 --model.pi.vision-width 32 --model.pi.vision-depth 1 --model.pi.vision-hidden 32 --model.depth 1 --model.hidden 32 --model.heads 2 --model.head-dim 16 --model.candidates 3 --model.value-warmup 0')
 
 @dataclass(frozen=True)
 class Smoke:
