@@ -26,12 +26,12 @@ def test_everything_is_compared_before_it_is_timed(record):
 
 def test_rows(record):
     r = record[0]
-    assert set(r['tasks']) == {'full', 'expert only', 'words and flow', '8 noises', 'sampling', 'π0, full', 'π0, expert only', 'π0, sampling'}
+    assert set(r['tasks']) == {'full', 'expert only', 'short prompt, full', 'short prompt, sampling', 'words and flow', '8 noises', 'sampling', 'π0, full', 'π0, expert only', 'π0, sampling'}
     for k,rows in r['tasks'].items(): assert rows[0]['speedup'] == 1 and rows[-1]['name'].startswith('ours') and all(x['cpu_ms'] > 0 for x in rows), k
     kept = {x['name']: x['kept_mb'] for x in r['tasks']['full']}
     assert kept['joint, eager, checkpointed twice'] < kept['ours'] < kept['joint, fused'] < kept['joint, eager']
-    assert {g['name'] for g in r['goals']} >= {'full, times as fast', 'words, of the memory', 'full, of the operations of the model'} and len(r['goals']) == 14
-    assert len(B.pi_table(r).splitlines()) == 1 + sum(map(len, r['tasks'].values())) + 2 + 2 + len(r['flops']) + 1 + 14
+    assert {g['name'] for g in r['goals']} >= {'full, times as fast', 'words, of the memory', 'full, of the operations of the model'} and len(r['goals']) == 16
+    assert len(B.pi_table(r).splitlines()) == 1 + sum(map(len, r['tasks'].values())) + 2 + 2 + len(r['flops']) + 2 + len(r['probe']) + 1 + 16
 
 
 def test_what_differs_is_not_timed(monkeypatch):
