@@ -16,6 +16,7 @@ from .replay.dexvla_dataset import dexvla_dataset
 from .replay.fast import fast
 from .replay.film import film
 from .replay.openvla import openvla
+from .replay.openvla_aug import openvla_aug
 from .replay.openvla_parts import openvla_parts
 from .replay.pi import pi
 from .replay.preproc import preproc
@@ -25,7 +26,7 @@ from .replay.unet1d import unet1d
 
 # %% ../nbs/01_parity.ipynb #5b3df913
 kinds = dict(scaledp=scaledp, film=film, unet1d=unet1d, dexvla=dexvla, dexvla_dataset=dexvla_dataset,
-    pi05=pi, pi0=pi, preproc=preproc, fast=fast, openvla=openvla, openvla_parts=openvla_parts, calql=calql) # kind -> generator of rows
+    pi05=pi, pi0=pi, preproc=preproc, fast=fast, openvla=openvla, openvla_parts=openvla_parts, openvla_aug=openvla_aug, calql=calql) # kind -> generator of rows
 
 # %% ../nbs/01_parity.ipynb #f2105bb7
 def check(

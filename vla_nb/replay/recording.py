@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import NamedTuple
+from zipfile import BadZipFile
 
-import torch
+import numpy as np, torch
 from torch import Tensor, nn
 
 # %% ../../nbs/replay/01_recording.ipynb #8c728d62
@@ -31,18 +32,21 @@ def _numbers(x): # A leaf of JSON
     except (ValueError, TypeError): return x    # rows of unequal length, or words
     return torch.tensor(x, dtype=torch.float64) if t.is_floating_point() else t
 
-def _read(path, as_json):
+def _read(path): # Nested dicts with a `kind`
+    end = Path(path).suffix
     try:
-        if not as_json: return torch.load(path, weights_only=True, map_location='cpu')
-        return json.loads(Path(path).read_text())
-    except (UnpicklingError, EOFError, RuntimeError, ValueError) as e:
-        raise ValueError(f'{path}: expected a recording that {"json" if as_json else "torch.load(weights_only=True)"} can read, found {type(e).__name__}; record it again') from e
+        if end == '.json': return json.loads(Path(path).read_text())
+        if end != '.npz': return torch.load(path, weights_only=True, map_location='cpu')
+        with np.load(path, allow_pickle=False) as f: arrays = {k: f[k] for k in f.files}
+        return {'kind': str(arrays.pop('kind', Path(path).stem)), **{k: torch.from_numpy(np.asarray(v)) for k,v in arrays.items()}}
+    except (UnpicklingError, BadZipFile, EOFError, RuntimeError, ValueError, TypeError) as e:
+        how = {'.json': 'json', '.npz': 'np.load(allow_pickle=False)'}.get(end, 'torch.load(weights_only=True)')
+        raise ValueError(f'{path}: expected a recording that {how} can read, found {type(e).__name__}; record it again') from e
 
 class Recording:
     "A file of reference values, by paths such as 'train/loss', that knows which were read"
-    def __init__(self, path:str|Path): # A `.pt` or `.json` file: nested dicts with a `kind`
-        self.json = Path(path).suffix == '.json'
-        tree = _read(path, self.json)
+    def __init__(self, path:str|Path): # A `.pt` or `.json` file: nested dicts with a `kind`; or a `.npz`, whose kind is its name where it has no `kind`
+        self.json, tree = Path(path).suffix == '.json', _read(path)
         if not isinstance(tree, Mapping) or 'kind' not in tree: raise ValueError(f"{path}: expected a dict with `kind`, found {type(tree).__name__}; see the page `recording`")
         self.path, self.kind, self.values, self.read = path, tree['kind'], dict(_flat(tree)), {'kind'}
         if self.json: self.values = {k: _numbers(v) for k,v in self.values.items()}
