@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..layers.film import FiLM
 
@@ -77,6 +78,9 @@ def siglip_block(
 # %% ../../nbs/backbones/08_dual_vit.ipynb #6383beda
 class DualViT(nn.Module):
     "Images to patch features of two vision transformers, side by side"
+    one_piece = True # To be shared out whole: what is in it is called piece by piece, past the hooks of its blocks
+    checkpointing = False # Whether a block's activations are computed again in the backward pass instead of kept
+
     def __init__(self,
         dino, # A `Dinov2WithRegistersConfig`
         siglip, # A `SiglipVisionConfig` with as many patches
@@ -92,7 +96,8 @@ class DualViT(nn.Module):
 
     def _walk(self, x, layers, block, films, words):
         for i,layer in enumerate(layers[:-1]):
-            x = block(layer, x, (lambda y, f=films[i]: f(y, words[:,None])) if films else nn.Identity())
+            film = (lambda y, f=films[i]: f(y, words[:,None])) if films else nn.Identity()
+            x = checkpoint(block, layer, x, film, use_reentrant=False) if self.checkpointing and self.training else block(layer, x, film)
         return x
 
     def forward(self,

@@ -6,7 +6,7 @@ Docs: https://example.github.io/vla_nb/backbones/prismatic.html.md"""
 
 # %% auto #0
 __all__ = ['Projector', 'join', 'see_all', 'llama2_7b', 'tiny_llama', 'Prismatic', 'before_slots', 'language_mean',
-           'language_mean_padded', 'fill_slots', 'speak']
+           'language_mean_padded', 'fill_slots', 'speak', 'set_checkpointing']
 
 # %% ../../nbs/backbones/09_prismatic.ipynb #2a8ff2b4
 import torch
@@ -144,3 +144,12 @@ def speak(self:Prismatic,
     return torch.stack(said, 1)
 
 Prismatic.fill_slots, Prismatic.speak = fill_slots, speak
+
+# %% ../../nbs/backbones/09_prismatic.ipynb #daf19769
+def set_checkpointing(self:Prismatic, on:bool=True):
+    "Recompute activations in the backward pass of training instead of keeping them"
+    self.vision.checkpointing = on
+    if on: self.language_model.activation_checkpointing_enable()
+    else: self.language_model.activation_checkpointing_disable()
+
+Prismatic.set_checkpointing = set_checkpointing

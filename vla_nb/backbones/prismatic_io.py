@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .dual_vit import openvla_eyes
+from .lora import is_lora
 from .prismatic import Prismatic, llama2_7b
 from ..core import read_weights, write_json, write_weights
 
@@ -137,11 +138,11 @@ class Report:
 
 @torch.no_grad()
 def load_openvla(
-    model:Prismatic, # Filled in place
+    model:Prismatic, # Filled in place; adapters beside its layers stay as they are
     weights:Mapping, # By released names
 )->Report:
     "Load released weights. Raises ValueError, and changes nothing, where any tensor is missing, unexpected or of another shape"
-    has, params = from_released(weights), dict(model.named_parameters())
+    has, params = from_released(weights), {k.replace('.base_layer.', '.'): p for k,p in model.named_parameters() if not is_lora(k)}
     if any(p.is_meta for p in params.values()): raise ValueError('model: expected weights to fill, found a model on the meta device; build it on the CPU')
     bare = not any('_film.' in k for k in has)
     kept = [k for k in params if k not in has and (k.endswith('mask_token') or bare and '_film.' in k)]

@@ -17,11 +17,12 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from ..backbones.dual_vit import stretch, two_views
-from ..backbones.lora import merge
+from ..backbones.lora import merge, merged
 from ..backbones.prismatic import language_mean, language_mean_padded
 from ..backbones.prismatic_io import configs_of, load_openvla, read_openvla
 from ..core import Actions, Batch, Losses, Observation, ParamGroup, Policy, Samples
 from ..data.normalize import quantile
+from ..data.openvla_images import augment_openvla, center_crop
 from ..heads.noise_mlp import NumberToken
 from .dexvla import disturb, first_noise
 from .openvla_config import OpenVLAConfig, adapt, model_of, param_groups, sizes_of, start, tiny_sizes
@@ -43,12 +44,17 @@ class OpenVLA(Policy):
         with torch.device('cpu'): self.state_norm, self.action_norm = quantile(stats['state']), quantile(stats['action'])
         self.rows, self.words = ActionRows(tokenizer, ActionBins(c.top), c.horizon, self.action_dim), Words(tokenizer)
         self.vlm = adapt(model_of(c.sizes, c.film), c)
+        self.vlm.set_checkpointing(c.checkpointing)
         self.state_token = NumberToken(state_dim, self.vlm.width) if c.state_token else None
         self.way = ways[c.head](c, self.vlm.width, self.action_dim)
         self.naming = nn.Linear(self.vlm.width, len(tokenizer)) if c.name_words else None
         if self.naming: nn.init.constant_(self.naming.bias, -4.)    # most words are not there
 
     def groups(self)->list[ParamGroup]: return param_groups(self.config, self.vlm, self.named_parameters())
+
+    def deployed(self):
+        if not (self.config.lora_merge and self.config.lora_rank): return super().deployed()
+        return replace(self.config, lora_rank=0), merged(self, self.state_dict())
 
     def merge_lora(self)->'OpenVLA': # Changed in place
         "Add LoRA's products to the weights; a plain policy remains"
@@ -107,7 +113,9 @@ def _row(self:OpenVLA, images, words, state):
     if images.shape[1] != c.cameras: raise ValueError(f'images: expected {c.cameras} cameras, in the order of training, found {images.shape[1]}; set cameras={images.shape[1]}')
     text = self.vlm.embed(ids, slots)
     mean = language_mean_padded if c.padded_mean else language_mean
-    before = self.vlm.look(two_views(stretch(images, c.image)).to(text.dtype), mean(text, real, slots) if c.film else None)
+    images = stretch(images, c.image)
+    if c.image_aug: images = augment_openvla(images, words['seed']) if self.training and 'seed' in words else center_crop(images)
+    before = self.vlm.look(two_views(images).to(text.dtype), mean(text, real, slots) if c.film else None)
     if self.state_token: before = torch.cat([before, self.state_token(state)[:,None]], 1)
     return Row(self.vlm, text, real, slots, before)
 

@@ -54,9 +54,12 @@ class OpenVLAConfig:
     shift:int = 2 # Training: images are moved by up to this many pixels
     brightness:float = .1 # Training: images are scaled and offset by up to this share of their range
     state_noise:float = .05 # Training: noise on the normalised state
+    image_aug:bool = False # Training: crops and colours as OpenVLA's; acting then sees the middle of each frame, as large as a crop
+    checkpointing:bool = False # Recompute activations in the backward pass, for memory
     lora_rank:int = 0 # Train products of this rank beside the linear layers of eyes and language, which stay as they are; 32 in the original (0: none)
     lora_alpha:float = 16. # Their scale, times the rank
     lora_dropout:float = 0. # Share of a layer's inputs that they do not see
+    lora_merge:bool = False # Checkpoints hold the products merged into the weights, and so load without peft; training goes on beside them
     vision_lr:float = .333 # Learning rate of eyes and projector, times the run's
     language_lr:float = .333 # Of the language model
     head_lr:float = 1. # Of head and number tokens
@@ -72,7 +75,7 @@ def tiny(): return OpenVLAConfig()
 def openvla_oft():
     "Sizes and settings of OpenVLA-OFT on LIBERO; `vlm` names the folder of the released weights"
     return OpenVLAConfig(horizon=8, cameras=2, image=224, patch=14, width=4096, depth=32, heads=32, mlp=11_008, head_width=4096, sample_steps=50, init=.02, place_init=.02,
-        name_words=0., shift=0, brightness=0., state_noise=0., lora_rank=32, vision_lr=1., language_lr=1.)
+        name_words=0., shift=0, brightness=0., state_noise=0., image_aug=True, lora_rank=32, lora_merge=True, vision_lr=1., language_lr=1.)
 
 # %% ../../nbs/policies/13_openvla_config.ipynb #127dc7b0
 def tiny_sizes(c:OpenVLAConfig, vocab:int)->dict: # Words, action words included; as `model_of` takes them

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ..backbones.prismatic import Prismatic, before_slots, join
-from ..core import masked_mean
+from ..core import draw_normal, masked_mean
 from ..heads.l1 import ChunkHead
 from ..heads.noise_mlp import NumberToken, slot_tokens, step_token
 from ..objectives.diffusion import ddim_sample, epsilon_loss, squared_cosine
@@ -53,6 +53,8 @@ class Row(NamedTuple):
 # %% ../../nbs/policies/13_openvla_heads.ipynb #d76e7916
 def _mean(x, on): return torch.where(on, x, 0.).sum()/on.expand_as(x).sum().clamp(min=1)    # 0 where there is nothing, as after the first step of a chunk of one
 
+def _two_l1(off, valid): return dict(current_l1=_mean(off[:,:1], valid[:,:1,None]), next_l1=_mean(off[:,1:], valid[:,1:,None]))
+
 class ByRegression(nn.Module):
     "L1 regression"
     def __init__(self, c, width, action_dim): # Settings; width of the language model; numbers of an action
@@ -63,7 +65,7 @@ class ByRegression(nn.Module):
         states = row.states()
         off = (self.head(states)-x0).abs()
         l,n = masked_mean(off, valid)
-        return l, n, states, dict(l1=l, current_l1=_mean(off[:,:1], valid[:,:1,None]), next_l1=_mean(off[:,1:], valid[:,1:,None]))
+        return l, n, states, dict(l1=l, **_two_l1(off, valid))
 
     def act(self, row, noise): return self.head(row.states())
 
@@ -80,7 +82,9 @@ class ByDiffusion(nn.Module):
             seen.append(row.states(slot_tokens(x, self.token), step_token(t, row.text.shape[2])))
             return self.head(seen[-1])
         l,n = epsilon_loss(model, self.schedule, x0, valid, seed)
-        return l, n, seen[0], dict(diffusion=l)
+        if self.training: return l, n, seen[0], dict(diffusion=l)
+        with torch.no_grad(): off = (self.act(row, draw_normal(seed, *x0.shape[1:], stream=603)) - x0).abs()
+        return l, n, seen[0], dict(diffusion=l, **_two_l1(off, valid))
 
     def act(self, row, noise):
         def model(x, t): return self.head(row.states(slot_tokens(x, self.token), step_token(t, row.text.shape[2])))

@@ -33,8 +33,10 @@ class Answer(nn.Module):
 
     @property
     def _no_split_modules(self): # What accelerate reads: the classes whose instances are sharded one by one
-        rows = [m for m in self.policy.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
-        return sorted({type(b).__name__ for m in rows for b in m if not type(b).__module__.startswith('torch.nn')})
+        whole = [m for m in self.policy.modules() if getattr(m, 'one_piece', False)]
+        inside = {id(m) for w in whole for m in w.modules()}
+        rows = [m for m in self.policy.modules() if isinstance(m, nn.ModuleList) and len(m) > 1 and id(m) not in inside]
+        return sorted({type(b).__name__ for b in (*whole, *(b for m in rows for b in m)) if not type(b).__module__.startswith('torch.nn')})
 
 # %% ../../nbs/train/06_engine.ipynb #7a8239e6
 def make_accelerator(cfg:TrainConfig): # accelerate's Accelerator
