@@ -1,4 +1,4 @@
-"""`vla-nb record | train | eval | export | stats | cache | convert | doctor | fast-fit | parity | bench | demo`: each a dataclass of settings and a short function that calls the library
+"""`vla-nb record | train | eval | export | stats | cache | convert | doctor | fast-fit | parity | bench | compare | demo`: each a dataclass of settings and a short function that calls the library
 
 Docs: https://example.github.io/vla_nb/cli.html.md"""
 
@@ -141,25 +141,30 @@ def parity(c:Parity):
 class Bench:
     "Measure this library beside others, in one interleaved run"
     what:Positional[Literal['data', 'step']] = 'data' # The loaders, or the training step
-    of:Literal['all', 'dexvla', 'pi'] = 'all' # Whose step
+    of:Literal['all', 'dexvla', 'pi', 'value'] = 'all' # Whose step
     quick:bool = False # A small run, to see that it works
-    out:Path = Path('results') # Folder for the numbers: bench_data.json, bench_step.json, bench_pi.json
+    out:Path = Path('results') # Folder for the numbers: bench_data.json, bench_step.json, bench_pi.json, bench_value.json
 
 def bench(c:Bench):
     met = True
     if c.what == 'data':
         from vla_nb.bench import bench_data, data_table
         print(data_table(bench_data(out=c.out/'bench_data.json', quick=c.quick)))
-    if c.what == 'step' and c.of != 'pi':
+    if c.what == 'step' and c.of in ('all', 'dexvla'):
         from vla_nb.bench_step import bench_step, step_table
         found = bench_step(out=c.out/'bench_step.json', quick=c.quick)
         met = found['met']
         print(step_table(found))
-    if c.what == 'step' and c.of != 'dexvla':
+    if c.what == 'step' and c.of in ('all', 'pi'):
         from vla_nb.bench_pi import bench_pi, pi_table
         found = bench_pi(out=c.out/'bench_pi.json', quick=c.quick)
         met &= all(g['met'] for g in found['goals'])
         print(pi_table(found))
+    if c.what == 'step' and c.of in ('all', 'value'):
+        from vla_nb.bench_value import bench_value, value_table
+        found = bench_value(out=c.out/'bench_value.json', quick=c.quick)
+        met &= all(g['met'] for g in found['goals'])
+        print(value_table(found))
     print(f'wrote the numbers to {c.out}')
     return 0 if c.quick or met else 1
 

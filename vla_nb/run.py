@@ -32,6 +32,7 @@ from .policies.dexvla_qwen import DexVLAQwen
 from .policies.dexvla_files import Released
 from .policies.dexvla_released import Report, as_released, export_released, load_released
 from .policies.divla_tinyvla import DiVLAQwen, TinyVLAQwen
+from .policies.hume import Hume, HumeSystem2, start_hume
 from .policies.openvla import OpenVLA
 from .policies.openvla_energy import OpenVLAEnergy
 from .policies.paligemma_vla import PaliGemmaVLA
@@ -46,12 +47,12 @@ from .train.checkpoint import checkpoints, latest
 from .train.config import TrainConfig, read_settings, unknown_name
 
 # %% ../nbs/03_run.ipynb #498f16e7
-POLICIES = {p.name: p for p in (DexVLA, DexVLAQwen, DiVLAQwen, TinyVLAQwen, ScaleDPStage1, Pi05, Pi05High, Pi05HighFast, Pi05Expert, Pi05Flat, Pi05Realtime, PaliGemmaVLA, OpenVLA, OpenVLAEnergy, Comet)} # By the name in `config.json`
+POLICIES = {p.name: p for p in (DexVLA, DexVLAQwen, DiVLAQwen, TinyVLAQwen, ScaleDPStage1, Pi05, Pi05High, Pi05HighFast, Pi05Expert, Pi05Flat, Pi05Realtime, PaliGemmaVLA, OpenVLA, OpenVLAEnergy, Comet, Hume, HumeSystem2)} # By the name in `config.json`
 
 tiny = TrainConfig(steps=2500, lr=3e-3, betas=(.9, .999), weight_decay=1e-3, warmup=100, ema=.995) # What the demo trains with
 tiny_words = replace(tiny, betas=(.9, .99), min_lr=.1) # For small language models: what `results/dexvla_reasoning.json` was trained with
 tiny_value = replace(tiny, steps=1000, lr=1e-3, ema=0., clip=10.) # For a value on a frozen policy, from its cached features
-usual = dict(dexvla=tiny, comet=tiny_value) # What a policy trains with, unless told; `tiny_words` for the others
+usual = dict(dexvla=tiny, comet=tiny_value, hume=tiny_value) # What a policy trains with, unless told; `tiny_words` for the others
 
 def pi05_recipe(): # -> settings, training
     "openpi's fine-tuning of π0.5, at the released sizes; weights stay fp32, arithmetic is bf16"
@@ -65,7 +66,7 @@ class Train:
     "Train a policy on demonstrations; `accelerate launch -m vla_nb.cli train ...` uses several processes"
     data:Path # Folder of demonstrations, a packed cache of one, or a mixture's YAML file
     out:Path # Folder of the run: checkpoints, each a policy's folder, and log.jsonl
-    policy:Literal['dexvla', 'dexvla_qwen', 'divla_qwen', 'tinyvla_qwen', 'scaledp_stage1', 'pi05', 'pi05_high', 'pi05_high_fast', 'pi05_expert', 'pi05_flat', 'pi05_realtime', 'paligemma_vla', 'openvla', 'openvla_energy', 'comet'] = 'dexvla' # Which policy; `--policy NAME --help` lists its own settings
+    policy:Literal['dexvla', 'dexvla_qwen', 'divla_qwen', 'tinyvla_qwen', 'scaledp_stage1', 'pi05', 'pi05_high', 'pi05_high_fast', 'pi05_expert', 'pi05_flat', 'pi05_realtime', 'paligemma_vla', 'openvla', 'openvla_energy', 'comet', 'hume', 'hume_system2'] = 'dexvla' # Which policy; `--policy NAME --help` lists its own settings
     preset:Literal['none', 'stage1', 'stage2', 'stage2_paper', 'stage3', 'divla', 'lora_debug', 'pi05'] = 'none' # A published recipe: sets the policy, its settings and the training's
     init:Path|None = None # Weights to start from: a released checkpoint, a stage-1 head, PaliGemma (for π), or another run (none: fresh ones)
     fast:Path|None = None # Action tokenizer from `vla-nb fast-fit`, for a policy that speaks actions (none: one of single numbers)
@@ -116,7 +117,7 @@ def begin(policy:Policy, path:Path)->Report|Start|str: # What became of every te
     mine = json.loads((folder/'config.json').read_text()).get('policy') if (folder/'config.json').exists() else None
     first = load_policy(folder) if mine in POLICIES else None
     if getattr(getattr(first, 'config', None), 'lora_rank', 0): first = first.merge_lora()
-    if start := next((f for kind,f in ((Comet, start_comet), (Pi05, start_pi)) if isinstance(policy, kind)), None):
+    if start := next((f for kind,f in ((Comet, start_comet), (Hume, start_hume), (Pi05, start_pi)) if isinstance(policy, kind)), None):
         try: return start(policy, first or path)
         except ValueError as e: raise ValueError(f'--init {path}: {e}') from None
     if first:
@@ -147,9 +148,9 @@ def build(c:Train): # -> policy, make_loader, validation batches
     told = [begin(policy, c.init)] if c.init and not (c.resume and checkpoints(c.out)) else []
     if hasattr(policy, 'cost'): told.append(policy.cost(*size, windows.instruction))
     if told and not int(os.environ.get('RANK', 0)): print(*told, sep='\n')
-    if hasattr(policy, 'features'):    # it learns a value: from returns, and from what the frozen part sees in each frame, computed once
-        cache = policy.features(source, c.out/'features', size, progress=c.train.progress)
-        windows, held_out = (policy.windows(w, cache) if len(w) else w for w in (windows, held_out))
+    if hasattr(policy, 'windows'):    # it learns a value: from returns and, where a frozen part sees each frame alike, from what that sees, computed once
+        cache = [policy.features(source, c.out/'features', size, progress=c.train.progress)] if hasattr(policy, 'features') else []
+        windows, held_out = (policy.windows(w, *cache) if len(w) else w for w in (windows, held_out))
     def make_loader(start, rank, world):
         return Loader(windows, c.train.batch_size, policy.prepare, seed=c.train.seed, size=size, rank=rank, world=world, start_step=start, threads=c.train.threads)
     val = Loader(held_out, min(c.train.batch_size, len(held_out)), policy.prepare, size=size, steps=min(8, -(-len(held_out)//c.train.batch_size))) if len(held_out) else None
