@@ -10,13 +10,14 @@ __all__ = ['Hume', 'propose', 'Plan', 'act', 'HumeSystem2', 'start_hume']
 # %% ../../nbs/policies/15_hume.ipynb #511a4815
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..core import Actions, Batch, Observation, draw_normal, draw_uniform, fold_seed
+from ..core import Actions, Batch, Observation, Policy, draw_normal, draw_uniform, fold_seed
 from ..heads.fast_expert import due_slice
 from ..objectives.candidates import hume_sample, ramp, ramp_hume, spread_candidates, tempered_sample
 from ..objectives.flow_matching import euler_sample
@@ -104,9 +105,9 @@ class HumeSystem2(SlowStage, Hume):
         seed = torch.randint(2**62, (len(obs),), generator=generator) if seed is None else seed
         return Actions(self._robot(self.propose(obs, seed, 1)[0][:,0]))
 
-def start_hume(policy:Hume, source:Hume)->str: # Filled in place; a run of either stage
+def start_hume(policy:Hume, source:Policy|str|Path)->str: # Filled in place; a run of either stage
     "Begin stage 2 with the networks of stage 1, or go on with a run. ValueError unless everything fits"
-    if not isinstance(source, Hume): raise ValueError(f'source: expected a run of hume_system2 or hume, found {source.name!r}; train one')
+    if not isinstance(source, Hume): raise ValueError(f'source: expected a run of hume_system2 or hume, found {getattr(source, "name", source)!r}; train one')
     if source.tokenizer.get_vocab() != policy.tokenizer.get_vocab(): raise ValueError("tokenizer: expected that of this data, found another, so that its numbers mean other words; train on data with the same words")
     mine, theirs = policy.state_dict(), source.state_dict()
     wrong = [k for k in mine.keys() | theirs.keys() if k not in mine or k not in theirs or mine[k].shape != theirs[k].shape]
