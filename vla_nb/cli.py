@@ -33,7 +33,7 @@ class Record:
     "Record demonstrations of the tabletop simulator's scripted expert"
     out:Path # Folder to write the episodes to
     suite:Literal['buttons', 'desk', 'desk_two'] = 'buttons' # Scene and its instructions
-    episodes:int = 100 # Successful episodes for each instruction
+    episodes:int = 100 # Successful episodes for each instruction; buttons has 3 of them, desk 4, desk_two 2
     seed:int = 0 # Of the first scene; each episode has its own
     noise:float = .3 # Size of the push on the executed action
     size:int = 64 # Height and width of the frames
@@ -42,7 +42,9 @@ class Record:
 
 def record(c:Record):
     from vla_nb.envs.record import record as run
-    from vla_nb.envs.tabletop import Tabletop
+    from vla_nb.envs.tabletop import SUITES, Tabletop
+    tasks = len(SUITES[c.suite].tasks)
+    print(f'{c.suite}: {tasks} instructions, {c.episodes} episodes for each, {tasks*c.episodes} in all')
     s = run(partial(Tabletop, c.suite, renderer=c.renderer, size=c.size), c.out, episodes_per_task=c.episodes, seed=c.seed, workers=c.workers, noise=c.noise)
     print(f'wrote {s["episodes"]} episodes to {c.out}')
     print(f'next: vla-nb doctor {c.out}\n      vla-nb train --data {c.out} --out outputs/run')
@@ -95,16 +97,18 @@ class Cache:
     data:Positional[Path] # Folder of demonstrations
     out:Path # Folder to write the cache to
     kind:Literal['jpeg', 'u8'] = 'jpeg' # JPEG 4:4:4 at the size below, or decoded uint8
-    height:int = 224 # Frames are resized to fit, keeping their shape; padding is never stored
-    width:int = 224 # The same
+    height:int = 0 # Frames are resized to fit, keeping their shape; padding is never stored (0: their own, at most 224)
+    width:int = 0 # The same
 
 def cache(c:Cache):
     from vla_nb.data.cache import build_cache
     source = open_source(c.data)
     require_healthy(source)
-    build_cache(source, c.out, kind=c.kind, height=c.height, width=c.width)
+    first = next(iter(source.episode(0).cameras.values()))[0]
+    height, width = (asked or min(224, own) for asked,own in zip((c.height, c.width), first.shape))
+    build_cache(source, c.out, kind=c.kind, height=height, width=width)
     size = sum(p.stat().st_size for p in c.out.rglob('*') if p.is_file())
-    print(f'wrote {c.out} ({size/2**20:.1f} MiB)\nnext: vla-nb train --data {c.out} --height {c.height} --width {c.width} --out outputs/run')
+    print(f'wrote {c.out} ({size/2**20:.1f} MiB)\nnext: vla-nb train --data {c.out} --height {height} --width {width} --out outputs/run')
 
 # %% ../nbs/04_cli.ipynb #4cfa6eca
 @dataclass(frozen=True)
@@ -135,6 +139,7 @@ class Parity:
 
 def parity(c:Parity):
     from vla_nb.parity import parity as run
+    if not c.file.is_file(): raise FileNotFoundError(f'{c.file}: expected a recording of reference tensors (.pt, .json or .npz), found no such file; the page on parity says what is in one')
     return 0 if run(c.file) else 1
 
 @dataclass(frozen=True)

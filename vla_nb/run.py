@@ -26,18 +26,21 @@ from .data.loader import Loader
 from .data.stats import cached_stats
 from .fast_fit import with_fast
 from .dexvla_stages import classes, presets
+from .openvla_recipes import presets as openvla_presets
 from .policies.comet import Comet, start_comet
 from .policies.dexvla import DexVLA, DexVLAConfig
 from .policies.dexvla_qwen import DexVLAQwen
 from .policies.dexvla_files import Released
-from .policies.dexvla_released import Report, as_released, export_released, load_released
+from .policies.dexvla_released import as_released, export_released, load_released
 from .policies.divla_tinyvla import DiVLAQwen, TinyVLAQwen
 from .policies.hume import Hume, HumeSystem2, start_hume
 from .policies.openvla import OpenVLA
+from .policies.openvla_config import OpenVLAConfig
 from .policies.openvla_energy import OpenVLAEnergy
+from .policies.openvla_files import export_openvla, start_openvla
 from .policies.paligemma_vla import PaliGemmaVLA
 from .policies.pi05 import Pi05
-from .policies.pi_files import Start, export_policy, start_pi
+from .policies.pi_files import export_policy, start_pi
 from .policies.pi_config import Pi05Config, pi05_base
 from .policies.pi_modes import Pi05Expert, Pi05Flat, Pi05High, Pi05HighFast
 from .policies.realtime import Pi05Realtime
@@ -58,8 +61,8 @@ def pi05_recipe(): # -> settings, training
     "openpi's fine-tuning of π0.5, at the released sizes; weights stay fp32, arithmetic is bf16"
     return pi05_base(), TrainConfig(steps=30_000, lr=2.5e-5, betas=(.9, .95), weight_decay=1e-10, warmup=1000, min_lr=.1, ema=.99, precision='bf16', save_every=5_000, eval_every=1_000, threads=8)
 
-recipes = {**presets, 'pi05': pi05_recipe} # By the name in `--preset`
-owners = {**classes, Pi05Config: Pi05} # Whose settings a recipe's are
+recipes = {**presets, 'pi05': pi05_recipe, **openvla_presets} # By the name in `--preset`
+owners = {**classes, Pi05Config: Pi05, OpenVLAConfig: OpenVLA} # Whose settings a recipe's are
 
 @dataclass(frozen=True)
 class Train:
@@ -67,8 +70,8 @@ class Train:
     data:Path # Folder of demonstrations, a packed cache of one, or a mixture's YAML file
     out:Path # Folder of the run: checkpoints, each a policy's folder, and log.jsonl
     policy:Literal['dexvla', 'dexvla_qwen', 'divla_qwen', 'tinyvla_qwen', 'scaledp_stage1', 'pi05', 'pi05_high', 'pi05_high_fast', 'pi05_expert', 'pi05_flat', 'pi05_realtime', 'paligemma_vla', 'openvla', 'openvla_energy', 'comet', 'hume', 'hume_system2'] = 'dexvla' # Which policy; `--policy NAME --help` lists its own settings
-    preset:Literal['none', 'stage1', 'stage2', 'stage2_paper', 'stage3', 'divla', 'lora_debug', 'pi05'] = 'none' # A published recipe: sets the policy, its settings and the training's
-    init:Path|None = None # Weights to start from: a released checkpoint, a stage-1 head, PaliGemma (for π), or another run (none: fresh ones)
+    preset:Literal['none', 'stage1', 'stage2', 'stage2_paper', 'stage3', 'divla', 'lora_debug', 'pi05', 'openvla', 'openvla_oft', 'openvla_oft_film'] = 'none' # A published recipe: sets the policy, its settings and the training's
+    init:Path|None = None # Weights to start from: a released checkpoint, a stage-1 head, PaliGemma (for π), a run of OpenVLA-OFT, or another run (none: fresh ones)
     fast:Path|None = None # Action tokenizer from `vla-nb fast-fit`, for a policy that speaks actions (none: one of single numbers)
     resume:bool = False # Go on from the newest checkpoint, bit for bit; from the start where there is none
     model:DexVLAConfig = DexVLAConfig() # The policy's own settings
@@ -91,7 +94,7 @@ def train_settings(args:list[str])->type: # `Train` with the settings of the pol
     if preset not in ('none', *recipes): raise unknown_name(preset, recipes, '--preset')
     if name is not None and name not in POLICIES: raise unknown_name(name, POLICIES, '--policy')
     model,how = recipes[preset]() if preset != 'none' else (POLICIES[name or 'dexvla'].Config(), usual.get(name or 'dexvla', tiny_words))
-    frames = DataConfig() if preset == 'none' else DataConfig(height=224, width=224) if preset == 'pi05' else DataConfig(height=240, width=320)    # the last: DexVLA's
+    frames = DataConfig() if preset == 'none' else DataConfig(height=224, width=224) if preset in ('pi05', *openvla_presets) else DataConfig(height=240, width=320)    # the last: DexVLA's
     own = name or ('dexvla' if preset == 'none' else owners[type(model)].name)
     if preset != 'none' and POLICIES[own].Config is not type(model): raise ValueError(f'--policy: expected {owners[type(model)].name!r}, which preset {preset} is a recipe for, found {name!r}; leave it out')
     hints = Train.__annotations__
@@ -111,13 +114,13 @@ def only_one(out:Path): # A run's folder
         yield
 
 # %% ../nbs/03_run.ipynb #f807b28c
-def begin(policy:Policy, path:Path)->Report|Start|str: # What became of every tensor
+def begin(policy:Policy, path:Path, vlm:str=''): # To be printed: what became of every tensor
     "Fill a new policy from a released checkpoint or from another run. ValueError unless everything fits and computes the same"
     folder, file = latest(path) or path if path.is_dir() else path, path
     mine = json.loads((folder/'config.json').read_text()).get('policy') if (folder/'config.json').exists() else None
     first = load_policy(folder) if mine in POLICIES else None
     if getattr(getattr(first, 'config', None), 'lora_rank', 0): first = first.merge_lora()
-    if start := next((f for kind,f in ((Comet, start_comet), (Hume, start_hume), (Pi05, start_pi)) if isinstance(policy, kind)), None):
+    if start := next((f for kind,f in ((Comet, start_comet), (Hume, start_hume), (OpenVLA, partial(start_openvla, base=vlm or None)), (Pi05, start_pi)) if isinstance(policy, kind)), None):
         try: return start(policy, first or path)
         except ValueError as e: raise ValueError(f'--init {path}: {e}') from None
     if first:
@@ -145,7 +148,7 @@ def build(c:Train): # -> policy, make_loader, validation batches
     size = c.dataset.height, c.dataset.width
     stats = dict(cached_stats(windows, c.out), frames=dict(cameras=list(windows.cameras), height=size[0], width=size[1]))    # how to look at the world later
     policy = cls.from_data(model, texts, stats, seed=c.train.seed)
-    told = [begin(policy, c.init)] if c.init and not (c.resume and checkpoints(c.out)) else []
+    told = [begin(policy, c.init, getattr(c.model, 'vlm', ''))] if c.init and not (c.resume and checkpoints(c.out)) else []
     if hasattr(policy, 'cost'): told.append(policy.cost(*size, windows.instruction))
     if told and not int(os.environ.get('RANK', 0)): print(*told, sep='\n')
     if hasattr(policy, 'windows'):    # it learns a value: from returns and, where a frozen part sees each frame alike, from what that sees, computed once
@@ -153,8 +156,10 @@ def build(c:Train): # -> policy, make_loader, validation batches
         windows, held_out = (policy.windows(w, *cache) if len(w) else w for w in (windows, held_out))
     def make_loader(start, rank, world):
         return Loader(windows, c.train.batch_size, policy.prepare, seed=c.train.seed, size=size, rank=rank, world=world, start_step=start, threads=c.train.threads)
-    val = Loader(held_out, min(c.train.batch_size, len(held_out)), policy.prepare, size=size, steps=min(8, -(-len(held_out)//c.train.batch_size))) if len(held_out) else None
-    return policy, make_loader, list(val) if val else None
+    if not len(held_out): return policy, make_loader, None
+    n, limit = -(-len(held_out)//c.train.batch_size), c.train.val_seconds
+    val = Loader(held_out, min(c.train.batch_size, len(held_out)), policy.prepare, size=size, steps=n if limit else min(8, n))    # within a time limit all of it may be read
+    return policy, make_loader, val if limit else list(val)
 
 def train(c:Train):
     from vla_nb.train.loop import train as run
@@ -249,13 +254,13 @@ class Export:
     "Write a trained policy as one folder, LoRA merged, in this library's layout or a released one"
     policy:Positional[Path] # A run's folder (its newest checkpoint) or one checkpoint
     out:Path # Folder to write
-    layout:Literal['vla_nb', 'dexvla', 'divla', 'tinyvla', 'scaledp', 'unet1d', 'stage1', 'openpi', 'lerobot'] = 'vla_nb' # Names of the tensors: ours, or those of a released checkpoint; scaledp, unet1d and stage1 are of a head alone
+    layout:Literal['vla_nb', 'dexvla', 'divla', 'tinyvla', 'scaledp', 'unet1d', 'stage1', 'openpi', 'lerobot', 'openvla', 'oft'] = 'vla_nb' # Names of the tensors: ours, or those of a released checkpoint; scaledp, unet1d and stage1 are of a head alone
 
 def export(c:Export):
     if c.out.exists(): raise FileExistsError(f'{c.out}: expected a new folder, found one; name another with --out')
     policy = load_policy(c.policy)
     if getattr(policy.config, 'lora_rank', 0): policy.merge_lora()
-    other = export_policy if isinstance(policy, Pi05) else export_released
+    other = next((f for kind,f in ((Pi05, export_policy), (OpenVLA, export_openvla)) if isinstance(policy, kind)), export_released)
     where = policy.save_pretrained(c.out) if c.layout == 'vla_nb' else other(policy, c.out, c.layout)
     print(f'wrote {where}, from a policy of {sum(p.numel() for p in policy.parameters())/1e6:.1f} million weights')
     print(f'next: vla-nb eval {where}' if c.layout == 'vla_nb' else 'next: load it where that layout is known, or start from it: vla-nb train --help, see --init')
