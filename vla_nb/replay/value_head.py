@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from ..heads.critic import frozen, hume_spread
+from ..heads.critic import frozen
 from ..heads.value_query import Tokens
 from ..layers.gemma import GemmaAttention, block_mask, rope
 from ..objectives.cal_ql import HUME, Networks, Noise, Transitions, cal_ql_losses
@@ -33,7 +33,6 @@ def head_like(weights, config): # Recorded weights; `head_dim`, `n_actions`
     c = ValueSettings(depth=depth, hidden=size(f'{layer}0.mlp.up_proj.weight'), heads=size(f'{layer}0.self_attn.q_proj.weight')//head_dim, kv_heads=size(f'{layer}0.self_attn.k_proj.weight')//head_dim, head_dim=head_dim,
         hume=True, state_token=False, shared_head=True, layer_norm=False, actor_hidden=wide('calql.policy.network.'), critic_hidden=wide('calql.critics.networks.0.'), calql=replace(HUME, n_actions=config['n_actions']))
     head = ValueHead(size('query_embedding'), size('calql.policy.mean_layer.weight'), 0, c)
-    head.actor.spread = hume_spread
     load_value_policy(dict(value=head), w)
     return head
 
