@@ -12,7 +12,7 @@ __all__ = ['Observation', 'Samples', 'Batch', 'Losses', 'masked_mean', 'fold_see
 # %% ../nbs/00_core.ipynb #c8a17ace
 import json, os, shutil
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
 import torch
@@ -234,6 +234,10 @@ def save_pretrained(policy:Policy, folder:str|Path)->Path:
         if policy.tokenizer is not None: policy.tokenizer.save_pretrained(tmp/'tokenizer')
     return Path(folder)
 
+def _settings(cls, values): # Nested settings too
+    kind = {f.name: f.type for f in fields(cls)}
+    return cls(**{k: _settings(kind[k], v) if is_dataclass(kind[k]) and isinstance(v, dict) else tuple(v) if isinstance(v, list) else v for k,v in values.items()})
+
 def read_config(cls, folder:str|Path):
     "The config in a policy's folder; a name that the policy does not know is refused"
     cfg = json.loads((Path(folder)/'config.json').read_text())
@@ -241,7 +245,7 @@ def read_config(cls, folder:str|Path):
     if name != cls.name: raise ValueError(f'{folder}/config.json: policy: expected {cls.name!r}, found {name!r}; load it with its own class')
     known = {f.name for f in fields(cls.Config)}
     if set(cfg)-known: raise ValueError(f'{folder}/config.json: unknown {sorted(set(cfg)-known)}; {cls.name} knows {sorted(known)}')
-    return cls.Config(**{k: tuple(v) if isinstance(v, list) else v for k,v in cfg.items()})
+    return _settings(cls.Config, cfg)
 
 def from_pretrained(cls, folder:str|Path, device='cpu')->Policy:
     "Read the folder that `save_pretrained` wrote; every tensor must be there and fit"

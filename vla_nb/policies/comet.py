@@ -19,7 +19,8 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..core import Actions, Batch, Losses, Observation, ParamGroup, Policy, draw_uniform
+from ..core import Actions, Batch, Losses, Observation, ParamGroup, Policy, Samples, draw_uniform
+from ..data.episode import digest
 from ..data.features import FeatureCache, build_features, weights_digest
 from ..data.images import resize_with_pad, to_model
 from ..data.normalize import Normalizer
@@ -107,44 +108,54 @@ Comet.adopt = adopt
 # %% ../../nbs/policies/14_comet.ipynb #f92b0109
 def look(self:Comet, obs:Observation)->Float[Tensor, "b n s d"]: # Robots; what the frozen eyes make of each camera
     "The part of the frozen policy that is worth caching"
+    if self.config.reads == 'thought': return self._thought(obs)
     side, n = self.base.config.image, obs.images.shape[1]
     images = to_model(resize_with_pad(obs.images.to(self.device), side, side), next(self.base.parameters()).dtype)
     with torch.no_grad(): x = self.base.pi.vlm.vision_tower(rearrange(images, 'b n c h w -> (b n) c h w'))
     return rearrange(x, '(b n) s d -> b n s d', n=n)
 
+@torch.no_grad()
+def _thought(self:Comet, obs): # (b 1 1 d)
+    hidden,_,valid,_ = self.base._look(obs, self.base._parts(obs.instruction, self.base.state_norm(obs.state.cpu()), None, None))
+    return hidden[torch.arange(len(obs)), valid[:,-hidden.shape[1]:].sum(1)-1][:,None,None].float()
+
 def features(self:Comet, source, folder:str|Path, size:tuple[int, int], **how)->FeatureCache: # Demonstrations; where caches live; frames; as in `build_features`
     "What the frozen eyes make of all frames of a source, from a cache where there is one"
-    return build_features(source, folder, self.look, dict(weights=weights_digest(self.base.pi.vlm.vision_tower.state_dict()), image=self.base.config.image), size, **how)
+    vlm, c = self.base.pi.vlm, self.config
+    read = vlm if c.reads == 'thought' else vlm.vision_tower
+    key = dict(weights=weights_digest(read.state_dict()), image=self.base.config.image, **(dict(prompt=c.mode, words=digest(str(sorted(self.tokenizer.get_vocab().items()))), stats=digest(str(self.stats['state']))) if c.reads == 'thought' else {}))
+    return build_features(source, folder, self.look, key, size, **how)
 
 def windows(self:Comet, windows, cache:FeatureCache|None=None)->ValueWindows: # Any windows; None: frames are read
     "Windows with what a critic learns from"
     c = self.config
     return ValueWindows(windows, c.calql.discount, c.steps, c.num_pos, features=cache and cache.reader(windows.source))
 
-Comet.look, Comet.features, Comet.windows = look, features, windows
+Comet.look, Comet._thought, Comet.features, Comet.windows = look, _thought, features, windows
 
 # %% ../../nbs/policies/14_comet.ipynb #3d87bcf9
 def _words(self:Comet, told, state): # Texts; normalised (b p)
     row = self.base.words.batch([high_prompt(t, w) for t,w in zip(told, state_words(state))], longest=self.base.config.max_words)
     return row['ids'], row['part'] > 0
 
-def prepare(self:Comet, samples:ValueSamples)->Batch:
+def prepare(self:Comet, samples:Samples)->Batch: # `ValueSamples`
     if not isinstance(samples, ValueSamples): raise ValueError('samples: expected rewards and next observations, found plain windows; cut them with policy.windows(...)')
     batch = Batch(seed=samples.seed, action=self.codec(samples.action), outside=self.codec.outside(samples.action), **{k: getattr(samples, k) for k in ('reward', 'discount', 'mask', 'mc_return')})
     for k,obs,f in (('', samples, samples.features), ('next_', samples.next_obs, samples.next_features)):
         state = self.base.state_norm(obs.state)
         ids,words = self._words(obs.instruction, state)
-        batch.update({f'{k}ids': ids, f'{k}words': words, f'{k}state': state, f'{k}seen': samples.there if f is None else torch.ones(f.shape[:2], dtype=torch.bool), f'{k}{"images" if f is None else "features"}': obs.images if f is None else f})
+        batch.update({f'{k}told': obs.instruction, f'{k}ids': ids, f'{k}words': words, f'{k}state': state, f'{k}seen': samples.there if f is None else torch.ones(f.shape[:2], dtype=torch.bool), f'{k}{"images" if f is None else "features"}': obs.images if f is None else f})
     return batch
 
 # %% ../../nbs/policies/14_comet.ipynb #b8d5407c
 @torch.no_grad()
 def _tokens(self:Comet, b, k=''): # A batch; a prefix of its names
-    vlm = self.base.pi.vlm
-    if (f := b.get(f'{k}features')) is None: f = self.look(Observation(b[f'{k}images'], b[f'{k}state'], ['']*len(b[f'{k}ids'])))
+    vlm, state = self.base.pi.vlm, b[f'{k}state'] if self.config.state_token else None
+    if (f := b.get(f'{k}features')) is None: f = self.look(Observation(b[f'{k}images'], self.base.state_norm.to(self.device).inverse(b[f'{k}state']), b[f'{k}told'], seen=b[f'{k}seen']))
+    if self.config.reads == 'thought': return Tokens(f[:,0], torch.ones_like(f[:,0,:,0], dtype=torch.bool), state)
     x = vlm.projector(rearrange(f, 'b n s d -> b (n s) d').to(vlm.projector.weight.dtype))
     seen = b[f'{k}seen'].repeat_interleave(f.shape[2], 1)
-    return Tokens(torch.cat([x, vlm.embed_words(b[f'{k}ids'])], 1), torch.cat([seen, b[f'{k}words']], 1), b[f'{k}state'] if self.config.state_token else None)
+    return Tokens(torch.cat([x, vlm.embed_words(b[f'{k}ids'])], 1), torch.cat([seen, b[f'{k}words']], 1), state)
 
 def loss(self:Comet, batch:Batch)->Losses:
     out = self.value.losses(self._tokens(batch), self._tokens(batch, 'next_'), *(batch[k] for k in ('action', 'reward', 'discount', 'mask', 'mc_return', 'seed')))
@@ -169,7 +180,7 @@ def rank(self:Comet,
     chunks,text = self.base.candidates(obs, n or self.config.candidates, generator, seed, reasoning, among)
     state = self.base.state_norm(obs.state.cpu())
     ids,words = self._words(obs.instruction, state)
-    b = Batch(images=obs.images, ids=ids, words=words, state=state, seen=obs.there).to(self.device)
+    b = Batch(images=obs.images, told=obs.instruction, ids=ids, words=words, state=state, seen=obs.there).to(self.device)
     return Ranked(chunks, self.value.values(self._tokens(b), self.codec(chunks)), text)
 
 def act(self:Comet, obs:Observation, generator:torch.Generator|None=None, seed:Int[Tensor, "b"]|None=None, reasoning:list[str]|None=None, among:list[str]|None=None)->Actions: # As `rank`

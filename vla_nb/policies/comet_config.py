@@ -9,12 +9,12 @@ __all__ = ['ELSEWHERE', 'CometConfig', 'read_names', 'remarks', 'comet_json', 'c
 
 # %% ../../nbs/policies/14_comet_config.ipynb #7f80ea29
 import json, re
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 
 from ..objectives.cal_ql import CalQLConfig
 from .pi_config import Pi05Config, pi05_base
-from .value_head import ValueSettings, check_value, read_nested
-from ..train.config import unknown_name
+from .value_head import ValueSettings, check_value
 
 # %% ../../nbs/policies/14_comet_config.ipynb #7e1d1377
 @dataclass(frozen=True)
@@ -22,14 +22,15 @@ class CometConfig(ValueSettings):
     "Settings of Comet; the defaults are the tiny preset"
     pi:Pi05Config = Pi05Config(sample_steps=10) # The frozen policy; with one Euler step its proposals hardly differ
     mode:str = 'pi05' # The frozen policy's name
+    reads:str = 'tokens' # What the value reads: tokens, that enter the frozen language model, or thought, the one hidden state from which it goes on to speak
     cameras:int = 1 # Camera images in an observation
     candidates:int = 8 # Chunks that the frozen policy proposes; the first is its own answer
 
     def __post_init__(self):
-        object.__setattr__(self, 'pi', replace(read_nested(Pi05Config, self.pi), cameras=self.cameras))
-        object.__setattr__(self, 'calql', read_nested(CalQLConfig, self.calql))
+        object.__setattr__(self, 'pi', replace(self.pi, cameras=self.cameras))
         check_value(self)
         if self.chunk > self.horizon: raise ValueError(f'chunk: expected at most horizon={self.horizon}, found {self.chunk}')
+        if self.reads not in ('tokens', 'thought') or self.reads == 'thought' and self.mode == 'pi05_expert': raise ValueError(f'reads: expected tokens, or of a policy that is not pi05_expert thought, found {self.reads!r} of {self.mode}')
         if self.candidates < 1: raise ValueError(f'candidates: expected at least 1, found {self.candidates}')
 
     @property
@@ -44,13 +45,13 @@ _fixed = dict(type='comet', pi05=True, freeze_pi0=True, train_vqh_only=True) # W
 
 def read_names(text:str)->dict: # JSON, comments allowed -> values by our names
     "The published names as ours; ValueError where one is unknown, or two that must agree do not"
-    given = json.loads(re.sub(r'//[^\n"]*(?=\n|$)', '', text))
+    given = json.loads(re.sub(r'("(?:\\.|[^"\\])*")|//[^\n]*', lambda m: m[1] or '', text))    # strings stay, comments go
     given, got = given.get('policy', given), {}
     for k,v in given.items():
         if k in _fixed:
             if v != _fixed[k]: raise ValueError(f'{k}: expected {_fixed[k]!r}, which is all that this policy can be, found {v!r}')
             continue
-        if k not in _names: raise unknown_name(k, {**_names, **_fixed}, 'comet settings')
+        if k not in _names: raise ValueError(f'comet settings: unknown {k!r}; the nearest known is {(get_close_matches(k, [*_names, *_fixed], 1, 0.) or [None])[0]!r}')
         if got.setdefault(_names[k], v) != v: raise ValueError(f'{k}: expected {got[_names[k]]}, as {[n for n in given if _names.get(n) == _names[k]][0]} says, found {v}; these two must agree')
     return got
 
