@@ -25,7 +25,7 @@ from .bench import where
 from .core import write_json
 from .data.returns import mc_returns
 from .envs.point_maze import PointMaze, Walks, follow, record
-from .heads.critic import Critics, Temperature, TanhGaussian, frozen, hume_spread, target_copy, xavier
+from .heads.critic import Critics, Temperature, TanhGaussian, frozen, hume_spread, soft_spread, target_copy, xavier
 from .objectives.cal_ql import CalQLConfig, Networks, Noise, Transitions, cal_ql_losses, draw_noise, HUME
 
 # %% ../nbs/10_value_study.ipynb #e1c6d80d
@@ -45,14 +45,14 @@ class Agent(nn.Module):
     "The networks of one run"
     def __init__(self, width:int = 128, written:bool = False): # Of the networks; built as Hume's
         super().__init__()
-        form = dict(init=xavier) if written else {}
-        self.actor = TanhGaussian(2, 2, (width, width), spread=hume_spread, **form) if written else TanhGaussian(2, 2, (width, width))
+        form = dict(init=xavier) if written else dict(activation=nn.ReLU)
+        self.actor = TanhGaussian(2, 2, (width, width), spread=hume_spread if written else soft_spread, **form)
         self.critics = Critics(2, 2, (width, width), shared_head=written, **form)
         self.target, self.temperature = target_copy(self.critics), Temperature()
 
     def forward(self, batch:Transitions, noise:Noise, cfg:CalQLConfig, alpha:Tensor):
-        nets = Networks(self.actor.sample, self.critics, frozen(self.critics), self.target, self.temperature)
-        out = cal_ql_losses(nets, batch, noise, replace(cfg, alpha=alpha))
+        nets = Networks(self.actor.sample, self.critics, frozen(self.critics), self.target, self.temperature, lambda: alpha)
+        out = cal_ql_losses(nets, batch, noise, cfg)
         return out['loss'], {k: out[k].detach() for k in ('td', 'gap', 'entropy', 'q_data')}
 
 class Cloner(Agent):
@@ -63,8 +63,8 @@ class Cloner(Agent):
 
 # %% ../nbs/10_value_study.ipynb #7801fe6f
 LR = dict(actor=5e-4, critics=1e-3, temperature=5e-4)
-OURS = CalQLConfig(discount=PointMaze.gamma, n_actions=4, tau=.02, target_entropy=-1.)
-AS_WRITTEN = replace(HUME, discount=PointMaze.gamma, tau=.02)
+OURS = CalQLConfig(discount=PointMaze.gamma, n_actions=4, tau=.02, target_entropy=-1., alpha=1., lagrange_gap=0.)
+AS_WRITTEN = replace(HUME, discount=PointMaze.gamma, tau=.02, alpha=1., lagrange_gap=0.)
 
 class Stack:
     "Runs that are trained together"

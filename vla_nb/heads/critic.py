@@ -32,9 +32,10 @@ def xavier(w:Tensor, last:bool):
 def mlp(
     sizes:Sequence[int], # Input, then each layer
     layer_norm:bool = False, # After each linear map
+    activation:type = nn.SiLU, # nn.ReLU: as in the authors' Cal-QL and CORL
 )->nn.Sequential:
-    "Linear, norm, SiLU for each layer"
-    layers = [[nn.Linear(i, o), *([nn.LayerNorm(o)] if layer_norm else []), nn.SiLU()] for i,o in pairwise(sizes)]
+    "Linear, norm, activation for each layer"
+    layers = [[nn.Linear(i, o), *([nn.LayerNorm(o)] if layer_norm else []), activation()] for i,o in pairwise(sizes)]
     return nn.Sequential(*sum(layers, []))
 
 def start(net:nn.Module, last:Sequence[nn.Module], init:Callable):
@@ -67,9 +68,10 @@ class TanhGaussian(nn.Module):
         layer_norm:bool = False, # As in Comet
         spread:Callable = soft_spread, # Raw numbers -> log standard deviations
         init:Callable = orthogonal, # How the weights begin
+        activation:type = nn.SiLU, # As in `mlp`
     ):
         super().__init__()
-        self.network, self.spread = mlp((obs_dim, *hidden), layer_norm), spread
+        self.network, self.spread = mlp((obs_dim, *hidden), layer_norm, activation), spread
         self.mean_layer, self.std_layer = nn.Linear(hidden[-1], act_dim), nn.Linear(hidden[-1], act_dim)
         start(self, [self.mean_layer, self.std_layer], init)
 
@@ -107,11 +109,11 @@ class Critics(nn.Module):
         obs_dim:int, act_dim:int, hidden:Sequence[int] = (256, 256), # As in `TanhGaussian`
         n:int = 2, # How many
         shared_head:bool = False, # One last layer for all, as in Hume and Comet
-        layer_norm:bool = False, init:Callable = orthogonal, # As in `TanhGaussian`
+        layer_norm:bool = False, init:Callable = orthogonal, activation:type = nn.SiLU, # As in `TanhGaussian`
     ):
         super().__init__()
         self.obs_dim, self.act_dim, self.shared_head = obs_dim, act_dim, shared_head
-        self.networks = nn.ModuleList(mlp((obs_dim+act_dim, *hidden), layer_norm) for _ in range(n))
+        self.networks = nn.ModuleList(mlp((obs_dim+act_dim, *hidden), layer_norm, activation) for _ in range(n))
         if shared_head: self.output_layer = nn.Linear(hidden[-1], 1)
         else: self.heads = nn.ModuleList(nn.Linear(hidden[-1], 1) for _ in range(n))
         start(self, self.last, init)

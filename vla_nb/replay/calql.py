@@ -68,7 +68,7 @@ def gradients(nets:Nets)->dict[str, Tensor]: # What `backward` left, by our name
 def ours(name:str)->str: # Of a parameter, as released
     "Our name of a released parameter"
     part, rest = (name.split('.', 1) if name.startswith(('policy.', 'critics.')) else ('', name))
-    return '.'.join([*([part] if part else []), *from_released({rest: 0})])
+    return '.'.join([*([part] if part else []), *from_released({rest: torch.empty(0)})])
 
 # %% ../../nbs/replay/13_calql.ipynb #ee117b88
 def replay_noise(rec, run)->Noise:
