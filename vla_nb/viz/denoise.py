@@ -8,16 +8,13 @@ Docs: https://example.github.io/vla_nb/viz/denoise.html.md"""
 __all__ = ['path_strip', 'guesses', 'to_end', 'DenoiseFigure', 'DenoiseStepper']
 
 # %% ../../nbs/viz/03_denoise.ipynb #99d3ad90
-import os
-from base64 import b64encode
 from collections.abc import Sequence
-from html import escape
-from io import BytesIO
 
 import ipywidgets as w, matplotlib.pyplot as plt, numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
+from .browser import Pictured, png_of
 from .figures import denoising_strip
 
 # %% ../../nbs/viz/03_denoise.ipynb #b0329373
@@ -84,12 +81,10 @@ class DenoiseFigure:
         for lines,x in ((self.lines, self.path), (self.thick, self.believed)):
             for line,y in zip(lines, x[stage].T): line.set_ydata(y)
         self.cursor.set_xdata([stage, stage])
-        out = BytesIO()
-        self.fig.savefig(out, dpi=dpi, metadata={'Software': None})
-        return out.getvalue()
+        return png_of(self.fig, dpi)
 
 # %% ../../nbs/viz/03_denoise.ipynb #51fc659a
-class DenoiseStepper(w.VBox):
+class DenoiseStepper(Pictured):
     "Step through the denoising of one or several chunks"
     def __init__(self,
         paths:Float[np.ndarray, "s t a"]|Float[np.ndarray, "b s t a"], # A path, or one for each sample
@@ -102,11 +97,10 @@ class DenoiseStepper(w.VBox):
         self.sample = w.IntSlider(0, 0, len(self.paths)-1, description='sample', continuous_update=False)
         last = self.paths.shape[1]-1
         self.stage, self.play = w.IntSlider(0, 0, last, description='stage'), w.Play(0, 0, last, interval=400)
-        self.text, self.picture = w.HTML(), w.Image(format='png')
         self.sample.observe(lambda _: self.load(), 'value')
         self.stage.observe(lambda _: self.show(), 'value')
         w.link((self.play, 'value'), (self.stage, 'value'))
-        super().__init__([self.sample, w.HBox([self.stage, self.play]), self.text, self.picture])
+        super().__init__(self.sample, w.HBox([self.stage, self.play]))
         self.load()
 
     def load(self):
@@ -118,11 +112,6 @@ class DenoiseStepper(w.VBox):
     def show(self):
         "Show the chosen stage"
         s, x = self.stage.value, self.view
-        self.caption = f'sample {self.sample.value} · stage {s} of {len(x.path)-1} · {to_end(x.path)[s]:.2f} from the end'
-        if self.kept is not None: self.caption += f', its guess {to_end(x.believed)[s]:.2f}'
-        self.text.value, self.picture.value = escape(self.caption), x.png(s)
-
-    def _repr_mimebundle_(self, **kwargs):
-        "The widget and its picture; the picture alone under `nbdev-test`, so that what is stored does not change from run to run"
-        pic = {'image/png': b64encode(self.picture.value).decode(), 'text/plain': f'DenoiseStepper({self.caption})'}
-        return pic if os.environ.get('IN_TEST') else super()._repr_mimebundle_(**kwargs) | pic
+        caption = f'sample {self.sample.value} · stage {s} of {len(x.path)-1} · {to_end(x.path)[s]:.2f} from the end'
+        if self.kept is not None: caption += f', its guess {to_end(x.believed)[s]:.2f}'
+        self.see(caption, x.png(s))

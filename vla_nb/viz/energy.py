@@ -8,16 +8,14 @@ Docs: https://example.github.io/vla_nb/viz/energy.html.md"""
 __all__ = ['landscape', 'landscape_figure', 'EnergySlider']
 
 # %% ../../nbs/viz/06_energy.ipynb #5fd32a75
-import os
-from base64 import b64encode
 from collections.abc import Callable
-from html import escape
-from io import BytesIO
 
 import ipywidgets as w, matplotlib.pyplot as plt, numpy as np
 from einops import rearrange
 from jaxtyping import Float
 from matplotlib.figure import Figure
+
+from .browser import Pictured, png_of
 
 # %% ../../nbs/viz/06_energy.ipynb #ce7a8516
 def landscape(
@@ -58,7 +56,7 @@ def landscape_figure(
     return fig
 
 # %% ../../nbs/viz/06_energy.ipynb #cd7e84b1
-class EnergySlider(w.VBox):
+class EnergySlider(Pictured):
     "Look around an expert's chunk"
     def __init__(self,
         energy:Callable, # As in `landscape`
@@ -70,9 +68,8 @@ class EnergySlider(w.VBox):
         self.energy, self.chunk, self.others, self.span = energy, chunk, others, span
         t, a = chunk.shape
         self.x, self.y, self.step = (w.IntSlider(v, lo, hi, description=k, continuous_update=False) for k,v,lo,hi in (('across', 0, 0, a-1), ('up', 1, 0, a-1), ('step', -1, -1, t-1)))
-        self.text, self.picture = w.HTML(), w.Image(format='png')
         for s in (self.x, self.y, self.step): s.observe(lambda _: self.show(), 'value')
-        super().__init__([w.HBox([self.x, self.y, self.step]), self.text, self.picture])
+        super().__init__(w.HBox([self.x, self.y, self.step]))
         self.show()
 
     def show(self):
@@ -81,12 +78,5 @@ class EnergySlider(w.VBox):
         dims, step = (self.x.value, self.y.value), None if self.step.value < 0 else self.step.value
         off, e = landscape(self.energy, self.chunk, dims, step, self.span)
         here, mid = np.unravel_index(e.argmin(), e.shape), len(off)//2
-        self.caption = f'numbers {dims[0]} and {dims[1]}, {"all steps" if step is None else f"step {step}"}: the expert\'s chunk lies {e[mid,mid]-e.min():.2f} above the lowest point, {np.hypot(off[here[0]], off[here[1]]):.2f} away'
-        fig, out = landscape_figure(self.energy, self.chunk, dims, step, self.span, others=self.others), BytesIO()
-        fig.savefig(out, dpi=72, metadata={'Software': None})
-        self.text.value, self.picture.value = escape(self.caption), out.getvalue()
-
-    def _repr_mimebundle_(self, **kwargs):
-        "The widget and its picture; the picture alone under `nbdev-test`, so that what is stored does not change from run to run"
-        pic = {'image/png': b64encode(self.picture.value).decode(), 'text/plain': f'EnergySlider({self.caption})'}
-        return pic if os.environ.get('IN_TEST') else super()._repr_mimebundle_(**kwargs) | pic
+        caption = f'numbers {dims[0]} and {dims[1]}, {"all steps" if step is None else f"step {step}"}: the expert\'s chunk lies {e[mid,mid]-e.min():.2f} above the lowest point, {np.hypot(off[here[0]], off[here[1]]):.2f} away'
+        self.see(caption, png_of(landscape_figure(self.energy, self.chunk, dims, step, self.span, others=self.others)))

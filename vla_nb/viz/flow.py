@@ -8,14 +8,12 @@ Docs: https://example.github.io/vla_nb/viz/flow.html.md"""
 __all__ = ['flow_path', 'FlowFigure', 'FlowSlider']
 
 # %% ../../nbs/viz/04_flow.ipynb #55feda6e
-import os
-from base64 import b64encode
 from collections.abc import Callable, Sequence
-from html import escape
-from io import BytesIO
 
 import ipywidgets as w, matplotlib.pyplot as plt, numpy as np
 from jaxtyping import Float
+
+from .browser import Pictured, png_of
 
 # %% ../../nbs/viz/04_flow.ipynb #10a880f3
 def flow_path(
@@ -77,12 +75,10 @@ class FlowFigure:
         for lines,x in ((self.lines, self.path), (self.thick, self.ends)):
             for line,y in zip(lines, x[stage].T): line.set_ydata(y)
         self.cursor.set_data([1-self.times[stage]], [self.at[stage]])
-        out = BytesIO()
-        self.fig.savefig(out, dpi=dpi, metadata={'Software': None})
-        return out.getvalue()
+        return png_of(self.fig, dpi)
 
 # %% ../../nbs/viz/04_flow.ipynb #3d8de483
-class FlowSlider(w.VBox):
+class FlowSlider(Pictured):
     "Slide through flow time over an action chunk"
     def __init__(self,
         velocity:Callable, # As in `flow_path`
@@ -94,11 +90,10 @@ class FlowSlider(w.VBox):
         self.given = velocity, noise, steps, names, target
         self.stage, self.play = w.IntSlider(0, 0, steps, description='1 - τ', readout=False), w.Play(0, 0, steps, interval=300)
         self.step, self.dim = (w.IntSlider(n-1 if k == 'step' else 0, 0, n-1, description=k, continuous_update=False) for k,n in zip(('step', 'dim'), noise.shape))
-        self.text, self.picture = w.HTML(), w.Image(format='png')
         self.stage.observe(lambda _: self.show(), 'value')
         for x in (self.step, self.dim): x.observe(lambda _: self.load(), 'value')
         w.link((self.play, 'value'), (self.stage, 'value'))
-        super().__init__([w.HBox([self.stage, self.play]), w.HBox([self.step, self.dim]), self.text, self.picture])
+        super().__init__(w.HBox([self.stage, self.play]), w.HBox([self.step, self.dim]))
         self.load()
 
     def load(self):
@@ -111,10 +106,4 @@ class FlowSlider(w.VBox):
         "Show the chosen time"
         s, x = self.stage.value, self.view
         guess = x.ends[s,self.step.value,self.dim.value]
-        self.caption = f'τ = {x.times[s]:.2f} · this number is {x.at[s]:.2f} and would end at {guess:.2f}; it ends at {x.at[-1]:.2f}'
-        self.text.value, self.picture.value = escape(self.caption), x.png(s)
-
-    def _repr_mimebundle_(self, **kwargs):
-        "The widget and its picture; the picture alone under `nbdev-test`, so that what is stored does not change from run to run"
-        pic = {'image/png': b64encode(self.picture.value).decode(), 'text/plain': f'FlowSlider({self.caption})'}
-        return pic if os.environ.get('IN_TEST') else super()._repr_mimebundle_(**kwargs) | pic
+        self.see(f'τ = {x.times[s]:.2f} · this number is {x.at[s]:.2f} and would end at {guess:.2f}; it ends at {x.at[-1]:.2f}', x.png(s))

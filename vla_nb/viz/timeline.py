@@ -8,18 +8,15 @@ Docs: https://example.github.io/vla_nb/viz/timeline.html.md"""
 __all__ = ['Told', 'told', 'hold', 'spans', 'timeline_strip', 'TimelineFigure', 'SubtaskTimeline']
 
 # %% ../../nbs/viz/05_timeline.ipynb #1893b0ca
-import os
-from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
-from io import BytesIO
 
-import ipywidgets as w, matplotlib.pyplot as plt, numpy as np
+import matplotlib.pyplot as plt, numpy as np
 from jaxtyping import UInt8
 from matplotlib.figure import Figure
 
 from ..data.episode import Episode
+from .browser import Stepper, png_of
 
 # %% ../../nbs/viz/05_timeline.ipynb #d4597f0f
 @dataclass(frozen=True)
@@ -108,42 +105,24 @@ class TimelineFigure:
         "The figure at a step"
         self.image.set_data(self.t.frames[step])
         self.cursor.set_xdata([step, step])
-        out = BytesIO()
-        self.fig.savefig(out, dpi=dpi, metadata={'Software': None})
-        return out.getvalue()
+        return png_of(self.fig, dpi)
 
 # %% ../../nbs/viz/05_timeline.ipynb #7ead5f8b
-class SubtaskTimeline(w.VBox):
+class SubtaskTimeline(Stepper):
     "Step through what was said in one or several episodes"
     def __init__(self,
         episodes:Sequence[Told], # Recorded, or of a policy
     ):
-        if not len(episodes): raise ValueError('episodes: expected at least one, found none')
         self.episodes = list(episodes)
-        self.pick = w.IntSlider(0, 0, len(self.episodes)-1, description='episode', continuous_update=False)
-        self.step, self.play = w.IntSlider(0, 0, 0, description='step'), w.Play(0, 0, 0, interval=100)
-        self.text, self.picture = w.HTML(), w.Image(format='png', layout=dict(align_self='flex-start', max_width='100%'))
-        self.pick.observe(lambda _: self.load(), 'value')
-        self.step.observe(lambda _: self.show(), 'value')
-        w.link((self.play, 'value'), (self.step, 'value'))
-        super().__init__([self.pick, w.HBox([self.step, self.play]), self.text, self.picture])
-        self.load()
+        super().__init__(len(self.episodes))
 
     def load(self):
         "Show the chosen episode from its first step"
         self.view = TimelineFigure(self.episodes[self.pick.value])
-        self.step.value = 0
-        self.step.max = self.play.max = len(self.view.t.frames)-1
-        self.show()
+        self.begin(len(self.view.t.frames), None)
 
     def show(self):
         "Show the chosen step"
         i, t = self.step.value, self.view.t
         late = f' (should be: {t.want[i]})' if t.want and t.want[i] != t.said[i] else ''
-        self.caption = f'step {i} of {len(t.frames)-1} · {t.said[i]}{late}' + (f' · {t.end}' if t.end else '')
-        self.text.value, self.picture.value = escape(self.caption), self.view.png(i)
-
-    def _repr_mimebundle_(self, **kwargs):
-        "The widget and its picture; the picture alone under `nbdev-test`, so that what is stored does not change from run to run"
-        pic = {'image/png': b64encode(self.picture.value).decode(), 'text/plain': f'SubtaskTimeline({self.caption})'}
-        return pic if os.environ.get('IN_TEST') else super()._repr_mimebundle_(**kwargs) | pic
+        self.see(f'step {i} of {len(t.frames)-1} · {t.said[i]}{late}' + (f' · {t.end}' if t.end else ''), self.view.png(i))
