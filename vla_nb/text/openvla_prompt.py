@@ -62,7 +62,10 @@ class ActionRows:
 def read_tokenizer(folder:str|Path): # A released model's
     "The tokenizer in a folder, by the class that it names; nothing else in the folder is read or run"
     import transformers
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
     file = Path(folder)/'tokenizer_config.json'
     if not file.exists(): raise FileNotFoundError(f'{folder}: expected a tokenizer with tokenizer_config.json, found none; copy the files of the tokenizer too')
-    cls = getattr(transformers, json.loads(file.read_text()).get('tokenizer_class', ''), transformers.PreTrainedTokenizerFast)
+    name = json.loads(file.read_text(encoding='utf-8')).get('tokenizer_class') or 'PreTrainedTokenizerFast'
+    cls = getattr(transformers, name, PreTrainedTokenizerFast)
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedTokenizerBase)): raise ValueError(f'{file}: tokenizer_class: expected a tokenizer of transformers, found {name!r}; copy the files of the tokenizer again')
     return cls.from_pretrained(folder, local_files_only=True)
