@@ -10,7 +10,7 @@ __all__ = ['same', 'word_rows', 'mask_rows', 'head_rows', 'diffusion_rows', 'fil
 # %% ../../nbs/replay/11_openvla_parts.ipynb #74225c45
 import torch
 
-from ..backbones.dual_vit import DualViT
+from ..backbones.dual_vit import DualViT, dino_block, siglip_block
 from ..backbones.prismatic_io import dino, eyes_of, from_released, siglip
 from ..heads.noise_mlp import step_token
 from ..objectives.diffusion import ddim_path, squared_cosine
@@ -89,7 +89,6 @@ def _half(eyes, name, image, words=None):
 @torch.no_grad()
 def film_rows(rec): # -> rows
     "Features without and with FiLM, and one block"
-    from vla_nb.backbones.dual_vit import dino_block, siglip_block
     plain = {n: rec[f'film/{n}/plain_features'] for n in ('dino', 'siglip')}
     def fit(n): return nearest(divisors(plain[n].shape[2]), lambda h: _half(film_eyes(rec, 'plain', (h, 1) if n == 'dino' else (1, h)), n, rec[f'film/{n}/image']), plain[n])
     heads = tuple(map(fit, plain))
