@@ -8,15 +8,13 @@ Docs: https://example.github.io/vla_nb/viz/q_landscape.html.md"""
 __all__ = ['q_figure', 'overestimation_figure', 'QSlider']
 
 # %% ../../nbs/viz/07_q_landscape.ipynb #b03fb91a
-import os
-from base64 import b64encode
 from collections.abc import Callable, Mapping
-from html import escape
-from io import BytesIO
 
 import ipywidgets as w, matplotlib.pyplot as plt, numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
+
+from .browser import Pictured, png_of
 
 # %% ../../nbs/viz/07_q_landscape.ipynb #cde5a83e
 def q_figure(
@@ -60,7 +58,7 @@ def overestimation_figure(
     return fig
 
 # %% ../../nbs/viz/07_q_landscape.ipynb #8be75f68
-class QSlider(w.VBox):
+class QSlider(Pictured):
     "Look at what critics believe, state by state"
     def __init__(self,
         look:Callable, # A number between the limits -> the arguments of `q_figure`
@@ -69,21 +67,12 @@ class QSlider(w.VBox):
     ):
         self.look, self.label = look, label
         self.at = w.FloatSlider((low+high)/2, min=low, max=high, step=(high-low)/40, description=label, continuous_update=False)
-        self.text, self.picture = w.HTML(), w.Image(format='png')
         self.at.observe(lambda _: self.show(), 'value')
-        super().__init__([self.at, self.text, self.picture])
+        super().__init__(self.at)
         self.show()
 
     def show(self):
         "Draw the chosen state"
         seen = self.look(self.at.value)
         best = {k: float(seen['actions'][q.argmax()]) for k,q in seen['curves'].items()}
-        self.caption = f'{self.label} {self.at.value:.2f}: ' + ', '.join(f'{k} likes {a:.2f} best' for k,a in best.items())
-        fig, out = q_figure(**seen), BytesIO()
-        fig.savefig(out, dpi=72, metadata={'Software': None})
-        self.text.value, self.picture.value = escape(self.caption), out.getvalue()
-
-    def _repr_mimebundle_(self, **kwargs):
-        "The widget and its picture; the picture alone under `nbdev-test`"
-        pic = {'image/png': b64encode(self.picture.value).decode(), 'text/plain': f'QSlider({self.caption})'}
-        return pic if os.environ.get('IN_TEST') else super()._repr_mimebundle_(**kwargs) | pic
+        self.see(f'{self.label} {self.at.value:.2f}: ' + ', '.join(f'{k} likes {a:.2f} best' for k,a in best.items()), png_of(q_figure(**seen)))
