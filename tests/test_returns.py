@@ -1,12 +1,15 @@
 "Returns beyond the page: the recorded ones of the original, flags through all formats, and the windows of a critic"
+import json, subprocess, sys
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
 
 from vla_nb.data.convert import convert, hdf5
 from vla_nb.data.dataset import open_source
+from vla_nb.data.doctor import check
 from vla_nb.data.episode import ArraySource, Episode, Subset
 from vla_nb.data.folders import folders
 from vla_nb.data.lerobot_write import lerobot
@@ -78,3 +81,25 @@ def test_own_rewards():
     v = ValueWindows(w, gamma=.5, reward=[1, 0, 2, 0, 0])
     np.testing.assert_allclose(v.mc, [1.5, 1, 2, 0, 0])
     with pytest.raises(ValueError, match='one for each step'): ValueWindows(w, reward=[1.])
+
+
+outside = """
+import sys
+from pathlib import Path
+from vla_nb.data.dataset import open_source
+from vla_nb.data.doctor import check
+for name in ('hdf5', 'folders'):
+    try: open_source(Path(sys.argv[1])/name).episode(0)
+    except ValueError as e: print(e)
+"""
+
+
+def test_a_flag_is_true_or_false(tmp_path):
+    "A text 'False' is no flag: it would count as true. Readers (without the types that tests check) and the doctor refuse it by name"
+    for name, to in (('hdf5', hdf5), ('folders', folders)): convert(ArraySource([numbered(0, 12, False)]), tmp_path/name, to(), progress=False)
+    with h5py.File(next((tmp_path/'hdf5').rglob('*.hdf5')), 'r+') as f: f.attrs['success'] = 'False'
+    said = next((tmp_path/'folders').rglob('episode.json'))
+    said.write_text(json.dumps(json.loads(said.read_text()) | {'success': 'no'}))
+    r = subprocess.run([sys.executable, '-c', outside, str(tmp_path)], capture_output=True, text=True)
+    assert r.stdout.count('success: expected true, false or nothing') == 2 and "'False'" in r.stdout and "'no'" in r.stdout, r.stderr
+    assert any(f.field == 'success' for f in check(open_source(tmp_path/'folders')))

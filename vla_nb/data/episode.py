@@ -88,13 +88,14 @@ class Episode:
     instruction:str # What the robot was told
     subtask:list[str]|None = None # `l` texts: what the expert was doing, or thinking, at each step
     reward:np.ndarray|None = None # (l,) float32
-    success:bool|None = None # Did it end well
+    success:bool|None = None # Did it end well; None: not known
     fps:float|int|None = None # Control steps a second
     velocity:np.ndarray|None = None # (l, p') float32 joint velocities; some files carry them, no policy here reads them
     action_shift:int = 0 # The chunk that belongs to step t begins at action[max(0, t-shift)]; see the HDF5 page
     may_rest:tuple[str,...] = () # Dimensions that may stay constant, as 'action 3' or 'state 0'; the doctor faults others
 
     def __post_init__(self):
+        if self.success not in (None, True, False): raise ValueError(f'success: expected true, false or nothing, found {self.success!r}')
         self.cameras = {k: ArrayFrames(v) if isinstance(v, np.ndarray) else v for k,v in self.cameras.items()}
         for k in ('state', 'action', 'reward', 'velocity'):
             v = getattr(self, k)

@@ -138,7 +138,7 @@ def read_numbers(f, path)->dict: # An open file; its name for messages
         for k in ('reasoning', 'substep_reasonings'):
             if k in f: low['subtask'] = read_text(f, k) if k == 'substep_reasonings' else read_text(f, k)[:1]*len(low['action'])
     except UnicodeDecodeError as e: raise ValueError(f'{path}: text: expected UTF-8, found {e}; write it again as UTF-8') from None
-    for k,kind in (('success', bool), ('fps', float)):
+    for k,kind in (('success', lambda v: np.asarray(v).item()), ('fps', float)):    # bool('False') would be True
         if k in f.attrs: low[k] = kind(f.attrs[k])
     return low
 

@@ -39,12 +39,13 @@ class Order:
         self.steps = n//self.each if drop_last else -(-n//self.each)    # per epoch
         if not self.steps: raise ValueError(f'batch_size: expected at most {n//world} for {n} samples on {world} process{"es"*(world>1)}, found {batch_size}')
         self.last = None, None, None
+    def permutation(self, epoch): return permutation(self.n, self.seed, epoch) if self.shuffle else np.arange(self.n)
     def __call__(self, k): # Step
         "Indices (int64) and seeds of the samples of step `k`"
         epoch,i = divmod(k, self.steps)
         last = self.last    # read once: at an epoch's end two threads want two of them
         if last[0] != epoch:
-            perm = permutation(self.n, self.seed, epoch) if self.shuffle else np.arange(self.n)
+            perm = self.permutation(epoch)
             last = self.last = epoch, perm, fold_seed(torch.from_numpy(perm), self.seed, epoch)
         mine = slice(i*self.each+self.rank, (i+1)*self.each, self.world)
         return last[1][mine], last[2][mine]

@@ -136,6 +136,7 @@ def look(
     chart.instruction, chart.reasoning, chart.may_rest = parts.get('instruction', ''), parts.get('subtask'), tuple(parts.get('may_rest', ()))
     if 'instruction' in parts and not chart.instruction.strip(): chart.blame(at['instruction'], 'words', 'an empty text', 'write what the robot was told')
     if chart.reasoning is not None: sizes[at['reasoning']] = len(chart.reasoning)
+    if (won := parts.get('success')) not in (None, True, False): chart.blame('success', 'true, false or nothing', repr(won), 'say whether the episode worked')
     check_lengths(chart, sizes)
     return chart
 
