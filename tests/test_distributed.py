@@ -4,7 +4,7 @@ The chunks' padding differs from sample to sample, so an average of the processe
 part, blocks, and a last matrix tied to its embedding; its gradients are clipped. DeepSpeed is an extra: where it is installed, its ZeRO-2
 takes part (`results/engines.json` holds a run with it).
 """
-import importlib.util, json, os, shutil, subprocess, sys
+import importlib, importlib.util, json, os, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -120,8 +120,8 @@ def test_one_batch_is_its_micro_batches(one, tmp_path):
 runs_of_dexvla = ('full', 'no'), ('lora', 'bf16')
 
 
-def dexvla(out, accumulate):
-    from toy_dexvla import run
+def dexvla(out, accumulate, toy='toy_dexvla'):
+    run = importlib.import_module(toy).run
     for kind,precision in runs_of_dexvla: run(out/f'{kind}_{precision}', kind, precision, accumulate)
 
 
@@ -146,6 +146,14 @@ def test_dexvla_is_the_same_on_two_processes(tmp_path):
     for kind,d in dexvla_apart(tmp_path/'one', tmp_path/'two').items(): assert max(d.values()) < 1e-5, (kind, d)
 
 
+@pytest.mark.parametrize('engine', engines[:2])
+def test_openvla_is_the_same_on_two_processes(engine, tmp_path):
+    "Eyes whose blocks are walked through from outside are gathered whole; with FiLM, LoRA and recomputed activations"
+    dexvla(tmp_path/'one', 4, 'toy_openvla')
+    launch(tmp_path/'two', engine, 'openvla')
+    for kind,d in dexvla_apart(tmp_path/'one', tmp_path/'two').items(): assert max(d.values()) < 1e-5, (kind, d)
+
+
 def worker(out, engine, start=None, name='run_again'):
     "What each of the two processes does"
     torch.set_num_threads(1)
@@ -167,7 +175,7 @@ def worker(out, engine, start=None, name='run_again'):
         return e
     loop.open_engine = watched
     out = Path(out)
-    if start == 'dexvla': dexvla(out, 2)
+    if start in ('dexvla', 'openvla'): dexvla(out, 2, f'toy_{start}')
     elif start == 'several': runs(out/'run', 8, 2, several)
     elif start: continued(Path(start), out/name, 8, 2)
     else: runs(out/'run', 8, 2)

@@ -161,7 +161,7 @@ def test_a_run_with_an_adapter_begins_a_policy(data, stats, tmp_path, rank):
     "Base and adapter merged on the way, `module.` taken away, under a fresh adapter or none: it acts as the released run does"
     base = base_model(data, stats, tmp_path/'base')
     oft_run(base, tmp_path/'run')
-    want = from_released(tmp_path/'run', tmp_path/'base', horizon=3, cameras=2)
+    want = from_released(tmp_path/"run", tmp_path/"base", horizon=3, cameras=2, image_aug=False)
     want.rows = base.rows    # of the small vocabulary
     p = make(data, stats, lora_rank=rank).eval()
     started = start_openvla(p, tmp_path/'run', tmp_path/'base')
@@ -212,7 +212,7 @@ def test_export_reads_back_bit_for_bit(data, stats, tmp_path, kw):
     p = awake(make(data, stats, name_words=0., **kw)).eval()
     nn.init.normal_(p.vlm.vision.dino.embeddings.position_embeddings, std=.1)
     out = export_openvla(p, tmp_path/'oft')
-    q = from_released(out, horizon=3, cameras=2, sample_steps=p.config.sample_steps)
+    q = from_released(out, horizon=3, cameras=2, sample_steps=p.config.sample_steps, image_aug=p.config.image_aug)
     assert q.config.head == p.config.head and (q.state_token is None) == (p.state_token is None)
     for m in ('way', 'state_token'):
         if getattr(p, m): assert all(torch.equal(v, getattr(q, m).state_dict()[k]) for k,v in getattr(p, m).state_dict().items())

@@ -65,6 +65,7 @@ def from_released(
     horizon:int = 8, # Actions of a chunk; no file tells
     sample_steps:int = 50, # Diffusion head: steps that make a chunk
     cameras:int = 1, # Images in an observation; no file tells
+    image_aug:bool = True, # It was trained on crops, as all published ones: acting sees the middle of each frame, as large as a crop
 )->OpenVLA: # Ready to act
     "A policy from released files"
     run = read_openvla(folder, base, step)
@@ -74,7 +75,7 @@ def from_released(
     kind = 'discrete' if head is None else 'diffusion' if 'noisy_action_projector' in parts else 'l1'
     sizes = json.loads(json.dumps(sizes_of(*models)))
     c = OpenVLAConfig(horizon=horizon, cameras=cameras, head=kind, film=film, padded_mean=film, image=sizes['siglip']['image_size'], width=sizes['llama']['hidden_size'], sizes=sizes, top=32_000,
-        head_width=len(head['model.fc1.weight']) if head else 256, state_token='proprio_projector' in parts, sample_steps=sample_steps, name_words=0., shift=0, brightness=0., state_noise=0.)
+        head_width=len(head['model.fc1.weight']) if head else 256, state_token='proprio_projector' in parts, sample_steps=sample_steps, name_words=0., shift=0, brightness=0., state_noise=0., image_aug=image_aug)
     with torch.random.fork_rng(devices=[]): policy = OpenVLA(c, stats, read_tokenizer(base or folder))
     load_openvla(policy.vlm, run.weights)
     fill_parts(policy, parts, folder)

@@ -52,7 +52,7 @@ class TrainConfig:
         for k,v in least.items():
             if not getattr(self, k) >= v: raise ValueError(f'{k}: expected at least {v}, found {getattr(self, k)}')
         if self.ema >= 1: raise ValueError(f'ema: expected a decay below 1 such as 0.999, found {self.ema}; an average with decay 1 never moves')
-        if self.warmup >= self.steps > 1: raise ValueError(f'warmup: expected fewer than steps={self.steps}, found {self.warmup}; the peak would never be reached')
+        if self.warmup >= self.steps > 1: raise ValueError(f'warmup: expected fewer than steps={self.steps}, found {self.warmup}; the peak would never be reached; set warmup to {self.steps//10}')
 
 # %% ../../nbs/train/01_config.ipynb #9f153c2d
 def _name(want): return ' or '.join(map(_name, get_args(want))) if get_origin(want) in (Union, UnionType) else getattr(want, '__name__', None) if not get_args(want) else str(want).replace('typing.', '')
