@@ -2,9 +2,12 @@
 import shutil
 from dataclasses import replace
 
-import pytest, torch
+import numpy as np, pytest, torch
 
 from vla_nb.core import Observation, Samples
+from vla_nb.data.episode import ArraySource, Episode
+from vla_nb.data.windows import Windows
+from vla_nb.energy_ranking import fit_energy, frozen_rows, stop_early, with_energy
 from vla_nb.policies.openvla import OpenVLA
 from vla_nb.policies.openvla_config import OpenVLAConfig
 from vla_nb.policies.openvla_energy import OpenVLAEnergy, OpenVLAEnergyConfig
@@ -122,3 +125,20 @@ def test_ranked_answers_do_not_depend_on_the_batch_and_smoke_with_a_generator():
 def test_wrong_settings_are_refused():
     with pytest.raises(ValueError, match='near'): OpenVLAEnergyConfig(candidates=4, near=4)
     with pytest.raises(ValueError, match='bank'): OpenVLAEnergyConfig(bank=0)
+
+
+def test_frozen_rows_are_what_the_policy_sees_and_what_is_trained_on_them_fits_it():
+    g = np.random.default_rng(0)
+    ep = lambda l, told: Episode({'front': g.integers(256, size=(l, 16, 16, 3), dtype=np.uint8)}, g.uniform(-1, 1, (l, 2)), g.uniform(-1, 1, (l, 3)), told)
+    windows = Windows(ArraySource([ep(5, 'go left'), ep(7, 'go right')]), 4)
+    p = with_energy(policy(OpenVLA).eval())
+    rows, s = frozen_rows(p, windows), windows.samples(np.arange(12))
+    obs, before = Observation(s.images, s.state, s.instruction), dict(p.vlm.state_dict())
+    shown = p.energy.score(p.energy.contexts(rows['h'].float(), ~rows['seen']), rows['chunk'][:,None])
+    torch.testing.assert_close(shown, p.energies(obs, s.action[:,None]), rtol=1e-2, atol=2e-3)    # rows are kept in half precision
+    torch.testing.assert_close(p.way.head(rows['slots'].float()), p.act(obs, seed=torch.arange(12)).action, rtol=1e-2, atol=5e-3)
+    stop_early(p, rows, 3)
+    fit_energy(p, rows, 4, batch=6)
+    assert p.bank.abs().sum() > 0 and all(torch.equal(v, before[k]) for k,v in p.vlm.state_dict().items())
+    assert not torch.equal(p.energies(obs, s.action[:,None]), shown)
+    with pytest.raises(ValueError, match='labels'): fit_energy(p, rows, 4, labels='other')
