@@ -63,7 +63,7 @@ class Cloner(Agent):
 
 # %% ../nbs/10_value_study.ipynb #7801fe6f
 LR = dict(actor=5e-4, critics=1e-3, temperature=5e-4)
-OURS = CalQLConfig(discount=PointMaze.gamma, n_actions=4, tau=.02, target_entropy=-1., alpha=1., lagrange_gap=0.)
+OURS = CalQLConfig(discount=PointMaze.gamma, n_actions=4, tau=.02, max_target_backup=False, target_entropy=-1., alpha=1., lagrange_gap=0.)
 AS_WRITTEN = replace(HUME, discount=PointMaze.gamma, tau=.02, alpha=1., lagrange_gap=0.)
 
 class Stack:
