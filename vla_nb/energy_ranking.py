@@ -78,7 +78,7 @@ def stop_early(
 
 # %% ../nbs/12_energy_ranking.ipynb #6a0c320a
 def fit_energy(
-    policy:OpenVLAEnergy, # Its energy is replaced
+    policy, # An `OpenVLAEnergy`; its energy is replaced, and its bank filled
     rows:dict[str, Tensor], # From `frozen_rows`
     steps:int = 1000,
     labels:str = 'own', # 'own', or 'shuffled': each context gets another's chunk
