@@ -168,7 +168,7 @@ def overestimation(stack:Stack, walks:Walks, n:int = 300, seed:int = 100_000)->l
     believed = {k: stack.value(obs, a).numpy() for k,a in kinds.items()}
     true = {k: follow(as_one, r*n, seed, at, rearrange(a, 'r n a -> (r n) a').numpy())[2].reshape(r, n) for k,a in kinds.items()}
     over = {k: believed[k] - true[k] for k in kinds}
-    corr = [float(np.corrcoef(b, t)[0,1]) for b,t in zip(believed['pi'], true['pi'])]
+    corr = [float(np.corrcoef(b, t)[0,1]) if t.std() > 0 else 0. for b,t in zip(believed['pi'], true['pi'])]    # nobody arrives: nothing to agree with
     return [dict(over_pi=float(over['pi'][i].mean()), over_random=float(over['random'][i].mean()), far=float((over['random'][i] > 5).mean()), corr=corr[i]) for i in range(r)]
 
 # %% ../nbs/10_value_study.ipynb #faf8e231
