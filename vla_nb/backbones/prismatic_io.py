@@ -190,6 +190,7 @@ class Run:
     parts:dict[str, dict] # Action head and projectors, with the names of our own classes
     stats:dict # `dataset_statistics.json`: name of a data set -> action, proprio
     heads:tuple[int, int, int] # Attention heads, for `configs_of`
+    top:int = 32_000 # Where the words for actions end: each counts down from here
 
 # %% ../../nbs/backbones/10_prismatic_io.ipynb #c010aba1
 def _one(folder, part, step):
@@ -224,7 +225,7 @@ def read_openvla(
         weights = {k: v for k,v in weights.items() if not k.startswith('vision_backbone.')} | plain
     parts = {k: {n.replace('noise_predictor.mlp_resnet.', 'model.'): v for n,v in p.items()} for k,p in parts.items()}
     stats = folder/'dataset_statistics.json'
-    return Run(weights, parts, json.loads(stats.read_text()) if stats.exists() else {}, tuple(settings.get('heads', (16, 16, 32))))
+    return Run(weights, parts, json.loads(stats.read_text()) if stats.exists() else {}, tuple(settings.get('heads', (16, 16, 32))), settings.get('top', 32_000))
 
 # %% ../../nbs/backbones/10_prismatic_io.ipynb #65cf706f
 def write_openvla(

@@ -72,7 +72,8 @@ def from_data(cls,
     "A new policy for a data set; with `vlm`, from a released folder, its weights under a fresh LoRA if one is asked for"
     c, texts = config, list(texts)
     if c.vlm:
-        tok, run, top = read_tokenizer(c.vlm), read_openvla(c.vlm), 32_000
+        tok, run = read_tokenizer(c.vlm), read_openvla(c.vlm)
+        top = run.top
         *parts,film = configs_of(run.weights, run.heads)
         sizes = sizes_of(*parts)
         c = replace(c, vlm='', film=c.film or film, image=sizes['siglip']['image_size'], width=sizes['llama']['hidden_size'])

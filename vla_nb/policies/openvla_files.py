@@ -101,7 +101,8 @@ def export_openvla(
         policy.tokenizer.save_pretrained(tmp)
         stats = {dataset: released_statistics(policy.stats)}
         write_json(tmp/'dataset_statistics.json', stats)
-        write_json(tmp/'config.json', {**json.loads((tmp/'config.json').read_text()), 'norm_stats': stats})
+        settings = json.loads((tmp/'config.json').read_text())
+        write_json(tmp/'config.json', {**settings, 'norm_stats': stats, 'vla_nb': {**settings['vla_nb'], 'top': policy.config.top}})
         for part,module in parts.items():
             theirs = ('model.', 'noise_predictor.mlp_resnet.') if part == 'action_head' and policy.config.head == 'diffusion' else ('', '')
             torch.save({f'module.{k.replace(*theirs, 1)}': v.detach().cpu().clone() for k,v in module.state_dict().items()}, tmp/f'{part}--latest_checkpoint.pt')

@@ -74,7 +74,7 @@ def from_released(
     head = parts.get('action_head')
     kind = 'discrete' if head is None else 'diffusion' if 'noisy_action_projector' in parts else 'l1'
     sizes = json.loads(json.dumps(sizes_of(*models)))
-    c = OpenVLAConfig(horizon=horizon, cameras=cameras, head=kind, film=film, padded_mean=film, image=sizes['siglip']['image_size'], width=sizes['llama']['hidden_size'], sizes=sizes, top=32_000,
+    c = OpenVLAConfig(horizon=horizon, cameras=cameras, head=kind, film=film, padded_mean=film, image=sizes['siglip']['image_size'], width=sizes['llama']['hidden_size'], sizes=sizes, top=run.top,
         head_width=len(head['model.fc1.weight']) if head else 256, state_token='proprio_projector' in parts, sample_steps=sample_steps, name_words=0., shift=0, brightness=0., state_noise=0., image_aug=image_aug)
     with torch.random.fork_rng(devices=[]): policy = OpenVLA(c, stats, read_tokenizer(base or folder))
     load_openvla(policy.vlm, run.weights)
