@@ -335,14 +335,14 @@ def test_a_recorded_run_acts_as_it_did(whole, tmp_path, data):
     save_file(zero, run/'lora_adapter'/'adapter_model.safetensors')
     write_json(run/'lora_adapter'/'adapter_config.json', dict(r=2, lora_alpha=1))
     a, p = dict(q01=whole['norm_stats_q01'].tolist(), q99=whole['norm_stats_q99'].tolist(), mask=[True]*6 + [False]), dict(q01=[-1.]*8, q99=[1.]*8)
-    write_json(run/'dataset_statistics.json', dict(made=dict(action={**a, **{k: [0.]*7 for k in ('mean', 'std', 'min', 'max')}}, proprio={**p, **{k: [0.]*8 for k in ('mean', 'std', 'min', 'max')}})))
+    write_json(run/'dataset_statistics.json', dict(made=dict(action=dict(a, mean=[0.]*7, std=[1.]*7, min=[-1.]*7, max=[1.]*7), proprio=dict(p, mean=[0.]*8, std=[1.]*8, min=[-1.]*8, max=[1.]*8))))
     for part,key in (('action_head', 'head_state_dict'), ('proprio_projector', 'proprio_projector_state_dict')):
         torch.save({f'module.{k}': v.float() for k,v in whole[key].items()}, run/f'{part}--150000_checkpoint.pt')
     policy = from_released(run, base, cameras=2)
     b = whole['batch']
     slots, views = b['labels'] >= 31_744, b['pixel_values'].unflatten(1, (2, 6))
     before = torch.cat([policy.vlm.look(views), policy.state_token(b['proprio'])[:, None]], 1)
-    said = policy.way.act(Row(policy.vlm, policy.vlm.embed(b['input_ids'], slots), b['attention_mask'], slots, before), None)
+    said = policy.way.act(Row(policy.vlm, policy.vlm.embed(b['input_ids'], slots), b['attention_mask'], slots, before, int(slots[0].sum())), None)
     assert torch.allclose(said, whole['train_l1']['pred'], atol=1e-5)
     at = [i for i in range(2) if torch.equal(b['input_ids'][i, :whole['predict_l1']['prompt_ids'].shape[1]], whole['predict_l1']['prompt_ids'][0])][0]
     assert torch.allclose(policy.action_norm.inverse(said[at]).double(), whole['predict_l1']['actions'], atol=1e-4)
@@ -365,3 +365,18 @@ def test_a_run_goes_on_where_it_stopped(data, stats, tmp_path):
         return OpenVLA.from_pretrained(latest(out)).state_dict()
     a, b = run(tmp_path/'a', [4]), run(tmp_path/'b', [2, 4])
     assert all(torch.equal(v, b[k]) for k,v in a.items())
+
+def test_released_units_are_the_originals():
+    "A small range stays small, a state beyond what was seen is cut off, and ALOHA's runs use extremes"
+    from vla_nb.policies.openvla import NORMS
+    s = dict(mean=[0.], std=[.002], min=[-.02], max=[.02], q01=[-.003], q99=[.003])
+    one = torch.ones(1, 1)
+    assert NORMS['oft'](s).inverse(one).item() == pytest.approx(.003, rel=1e-3) and NORMS['quantile'](s).inverse(one).item() == pytest.approx(.005)
+    assert NORMS['oft_minmax'](s).inverse(one).item() == pytest.approx(.02, rel=1e-3)
+    assert NORMS['oft'](s)(one).item() == 1 and NORMS['quantile'](s)(one).item() > 100
+
+def test_states_before_slots_need_no_count():
+    from vla_nb.backbones.prismatic import before_slots
+    slots, hidden = torch.zeros(2, 7, dtype=torch.bool), torch.arange(2*10*3.).reshape(2, 10, 3)
+    slots[0, 3:5] = slots[1, 4:6] = True
+    assert torch.equal(before_slots(hidden, slots, 2), torch.stack([hidden[0, 5:7], hidden[1, 6:8]])) and torch.equal(before_slots(hidden, slots), before_slots(hidden, slots, 2))

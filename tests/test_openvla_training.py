@@ -163,7 +163,7 @@ def test_a_run_with_an_adapter_begins_a_policy(data, stats, tmp_path, rank):
     oft_run(base, tmp_path/'run')
     want = from_released(tmp_path/"run", tmp_path/"base", horizon=3, cameras=2, image_aug=False)
     want.rows = base.rows    # of the small vocabulary
-    p = make(data, stats, lora_rank=rank).eval()
+    p = make(data, stats, lora_rank=rank, bounds='oft').eval()
     started = start_openvla(p, tmp_path/'run', tmp_path/'base')
     assert started.fresh == {'naming': 2} and started.source == 'a run of OpenVLA-OFT' and 'normalised by the statistics' in str(started)
     assert torch.allclose(p.act(seen(data)).action, want.act(seen(data)).action, atol=1e-5)

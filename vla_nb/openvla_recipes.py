@@ -41,7 +41,7 @@ def oft()->tuple[OpenVLAConfig, TrainConfig]:
 
 def oft_film()->tuple[OpenVLAConfig, TrainConfig]:
     "And with eyes that the words steer"
-    return replace(openvla_oft(), cameras=3, horizon=25, film=True), run()
+    return replace(openvla_oft(), cameras=3, horizon=25, film=True, bounds='oft_minmax'), run()
 
 presets = dict(openvla=openvla, openvla_oft=oft, openvla_oft_film=oft_film) # By name
 

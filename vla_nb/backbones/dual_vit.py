@@ -26,14 +26,13 @@ def stretch(images:UInt8[Tensor, "b n c h w"], side:int)->UInt8[Tensor, "b n c s
     "Resize to a square, whatever the aspect; bicubic with antialias"
     b,n,_,h,w = images.shape
     if (h, w) == (side, side): return images
-    x = F.interpolate(rearrange(images, 'b n c h w -> (b n) c h w'), (side, side), mode='bicubic', antialias=True)
-    return rearrange(x, '(b n) c h w -> b n c h w', n=n)
+    x = F.interpolate(rearrange(images, 'b n c h w -> (b n) c h w').float(), (side, side), mode='bicubic', antialias=True)    # no kernel for bytes on a GPU
+    return rearrange(x.round().clamp(0, 255).byte(), '(b n) c h w -> b n c h w', n=n)
 
 def two_views(images:UInt8[Tensor, "b n c h w"])->Float[Tensor, "b n six h w"]: # DINOv2's three channels, then SigLIP's
     "Bytes as both eyes expect them"
     x = images.float()/255
-    mean,std = (rearrange(torch.tensor(v, device=x.device), 'c -> c 1 1') for v in (dino_mean, dino_std))
-    return torch.cat([(x-mean)/std, (x-.5)/.5], 2)
+    return torch.cat([*((x[:,:,i:i+1]-m)/s for i,(m,s) in enumerate(zip(dino_mean, dino_std))), (x-.5)/.5], 2)    # numbers, not tensors: nothing is copied to the device
 
 # %% ../../nbs/backbones/08_dual_vit.ipynb #44fa755c
 def openvla_eyes(): # -> a `Dinov2WithRegistersConfig`, a `SiglipVisionConfig`

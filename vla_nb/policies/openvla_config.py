@@ -30,6 +30,7 @@ class OpenVLAConfig:
     head:Literal['l1', 'diffusion', 'discrete'] = 'l1' # How actions are read from the hidden states
     vlm:str = '' # Folder of a released OpenVLA with its tokenizer; empty: a tiny one, from nothing
     state_token:bool = True # Whether the robot's state is a token
+    bounds:Literal['quantile', 'oft', 'oft_minmax'] = 'quantile' # How states and actions become numbers: quantiles, a small range taken as .01; or as OpenVLA-OFT does, every range as it is and states cut at the ends, by quantiles or (its ALOHA runs) by extremes
     film:bool = False # Whether the instruction steers the eyes from inside
     padded_mean:bool = False # FiLM as the released weights had it, with padding in the mean of the words
     image:int = 64 # Side of the square images, pixels, a multiple of `patch`
@@ -66,7 +67,6 @@ class OpenVLAConfig:
     frozen:tuple[str, ...] = () # Groups that do not learn, of vision, language, head
 
     def __post_init__(self):
-        if set(self.frozen)-{'vision', 'language', 'head'}: raise ValueError(f'frozen: expected some of vision, language, head, found {self.frozen}')
         if self.diffusion_steps % self.sample_steps: raise ValueError(f'sample_steps: expected a divisor of diffusion_steps={self.diffusion_steps}, found {self.sample_steps}')
 
 # %% ../../nbs/policies/13_openvla_config.ipynb #e0428218
@@ -74,7 +74,7 @@ def tiny(): return OpenVLAConfig()
 
 def openvla_oft():
     "Sizes and settings of OpenVLA-OFT on LIBERO; `vlm` names the folder of the released weights"
-    return OpenVLAConfig(horizon=8, cameras=2, image=224, patch=14, width=4096, depth=32, heads=32, mlp=11_008, head_width=4096, sample_steps=50, init=.02, place_init=.02,
+    return OpenVLAConfig(horizon=8, cameras=2, image=224, patch=14, width=4096, depth=32, heads=32, mlp=11_008, head_width=4096, sample_steps=50, bounds='oft', init=.02, place_init=.02,
         name_words=0., shift=0, brightness=0., state_noise=0., image_aug=True, lora_rank=32, lora_merge=True, vision_lr=1., language_lr=1.)
 
 # %% ../../nbs/policies/13_openvla_config.ipynb #127dc7b0
@@ -120,7 +120,8 @@ def param_groups(
     model:Prismatic,
     named:Iterable[tuple[str, nn.Parameter]], # `policy.named_parameters()`
 )->list[ParamGroup]:
-    "Groups of a policy"
+    "Groups of a policy; raises ValueError where something is frozen that there is not"
+    if set(c.frozen)-{'vision', 'language', 'head'}: raise ValueError(f'frozen: expected some of vision, language, head, found {c.frozen}')
     parts, adapted = {}, c.lora_rank > 0
     for k,p in named:
         g = part_of(k, model, c.head == 'discrete')

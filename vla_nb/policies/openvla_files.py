@@ -80,9 +80,9 @@ def start_openvla(
 
 # %% ../../nbs/policies/13_openvla_files.ipynb #1af92293
 def released_statistics(stats:dict)->dict: # As in `dataset_statistics.json`, for one data set
-    "Statistics under their released names; all dimensions are normalised"
+    "Statistics under their released names; all dimensions are normalised but those that a mask leaves as they are"
     keep = lambda s: {k: s[k] for k in ('mean', 'std', 'max', 'min', 'q01', 'q99')}
-    return dict(action={**keep(stats['action']), 'mask': [True]*len(stats['action']['q01'])}, proprio=keep(stats['state']))
+    return dict(action={**keep(stats['action']), 'mask': list(stats['action'].get('mask', [True]*len(stats['action']['q01'])))}, proprio=keep(stats['state']))
 
 def export_openvla(
     policy:OpenVLA, # With its adapters merged, if it had any

@@ -16,7 +16,7 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ..backbones.prismatic import Prismatic, before_slots, join
+from ..backbones.prismatic import Prismatic, before_slots, join, slot_places
 from ..core import draw_normal, masked_mean
 from ..heads.l1 import ChunkHead
 from ..heads.noise_mlp import NumberToken, slot_tokens, step_token
@@ -31,6 +31,7 @@ class Row(NamedTuple):
     real:Tensor # (b s) False on padding
     slots:Tensor # (b s) True where an action word is
     before:Tensor # (b p d) tokens of images and state
+    k:int # Slots of a row, side by side
 
     def hidden(self,
         filling:Float[Tensor, "b k d"]|None = None, # Tokens that stand in the slots; None: nothing does
@@ -42,7 +43,7 @@ class Row(NamedTuple):
 
     def states(self, filling=None, *more)->Float[Tensor, "b k d"]:
         "The states that foretell the slots"
-        return before_slots(self.hidden(filling, *more), self.slots)
+        return before_slots(self.hidden(filling, *more), self.slots, self.k)
 
     def acting(self)->Bool[Tensor, "b n"]: # True from the state that foretells the first slot on
         "What must be hidden from an energy that judges actions: the slots, what foretells them, and all behind"
@@ -99,7 +100,7 @@ class ByWords(nn.Module):
 
     def loss(self, row, x0, valid, seed, ids):
         states = row.states()
-        scores, goal = row.vlm.language_model.lm_head(states).float(), ids[row.slots].unflatten(0, states.shape[:2])
+        scores, goal = row.vlm.language_model.lm_head(states).float(), ids.gather(1, slot_places(row.slots, row.k))
         each = rearrange(F.cross_entropy(scores.transpose(1, 2), goal, reduction='none'), 'b (t a) -> b t a', a=self.action_dim)
         l,n = masked_mean(each, valid)
         said, on = scores.argmax(-1), repeat(valid, 'b t -> b (t a)', a=self.action_dim)

@@ -33,8 +33,7 @@ def released_stats(
     for ours,theirs in (('action', 'action'), ('state', 'proprio')):
         s = d.get(theirs)
         if s is None: raise ValueError(f'dataset_statistics.json: {dataset}: expected {theirs}, found {sorted(d)}')
-        on = s.get('mask', [True]*len(s['q01']))
-        out[ours] = {k: list(v) for k,v in s.items() if k != 'mask'} | {k: [x if m else y for x,m in zip(s[k], on)] for k,y in (('q01', -1.), ('q99', 1.))}
+        out[ours] = {k: list(v) for k,v in s.items()}
     return out
 
 # %% ../../nbs/policies/13_openvla_released.ipynb #3f02fb21
@@ -65,6 +64,7 @@ def from_released(
     horizon:int = 8, # Actions of a chunk; no file tells
     sample_steps:int = 50, # Diffusion head: steps that make a chunk
     cameras:int = 1, # Images in an observation; no file tells
+    bounds:str = 'oft', # How it normalises; 'oft_minmax' for the runs on ALOHA
     image_aug:bool = True, # It was trained on crops, as all published ones: acting sees the middle of each frame, as large as a crop
 )->OpenVLA: # Ready to act
     "A policy from released files"
@@ -75,7 +75,7 @@ def from_released(
     kind = 'discrete' if head is None else 'diffusion' if 'noisy_action_projector' in parts else 'l1'
     sizes = json.loads(json.dumps(sizes_of(*models)))
     c = OpenVLAConfig(horizon=horizon, cameras=cameras, head=kind, film=film, padded_mean=film, image=sizes['siglip']['image_size'], width=sizes['llama']['hidden_size'], sizes=sizes, top=run.top,
-        head_width=len(head['model.fc1.weight']) if head else 256, state_token='proprio_projector' in parts, sample_steps=sample_steps, name_words=0., shift=0, brightness=0., state_noise=0., image_aug=image_aug)
+        head_width=len(head['model.fc1.weight']) if head else 256, state_token='proprio_projector' in parts, sample_steps=sample_steps, name_words=0., shift=0, brightness=0., state_noise=0., image_aug=image_aug, bounds=bounds)
     with torch.random.fork_rng(devices=[]): policy = OpenVLA(c, stats, read_tokenizer(base or folder))
     load_openvla(policy.vlm, run.weights)
     fill_parts(policy, parts, folder)
