@@ -79,7 +79,7 @@ def record_phase(c:Demo):
     "Record demonstrations into `c.out/data`"
     return record(make_env(c), c.out/'data', episodes_per_task=c.sizes()[0], seed=c.seed, workers=c.workers)
 
-# %% ../nbs/03_demo.ipynb #ec40e35d
+# %% ../nbs/03_demo.ipynb #367728b0
 def train_command(c:Demo, name, *more): # The words of `vla-nb train` for one of the two
     e, steps, _ = c.sizes()
     return [sys.executable, '-m', 'vla_nb.cli', 'train', '--data', str(c.out/'data'), '--out', str(c.out/name), '--steps', str(steps),
@@ -127,6 +127,7 @@ def train_runs(
             with suppress(ChildProcessError): ended(n)    # a stopped one writes its checkpoint first
         for b in bars.values(): b.close()
 
+# %% ../nbs/03_demo.ipynb #66e12db5
 def progress(bar, step, loss):
     if not bar.n: bar.initial = bar.n = step    # a resumed run's speed counts from where it goes on
     if loss is not None: bar.set_postfix(loss=f'{loss:.4f}', refresh=False)
