@@ -21,7 +21,12 @@ from ..backbones.prismatic import Prismatic, tiny_llama
 from ..backbones.prismatic_io import lora_targets
 from ..core import ParamGroup
 
-# %% ../../nbs/policies/13_openvla_config.ipynb #304a5bda
+# %% ../../nbs/policies/13_openvla_config.ipynb #45d6368f
+def _check(c):
+    if set(c.frozen)-{'vision', 'language', 'head'}: raise ValueError(f'frozen: expected some of vision, language, head, found {c.frozen}')
+    if c.diffusion_steps % c.sample_steps: raise ValueError(f'sample_steps: expected a divisor of diffusion_steps={c.diffusion_steps}, found {c.sample_steps}')
+
+# %% ../../nbs/policies/13_openvla_config.ipynb #cec21fff
 @dataclass(frozen=True)
 class OpenVLAConfig:
     "Settings of OpenVLA; the defaults are the tiny preset"
@@ -66,8 +71,7 @@ class OpenVLAConfig:
     head_lr:float = 1. # Of head and number tokens
     frozen:tuple[str, ...] = () # Groups that do not learn, of vision, language, head
 
-    def __post_init__(self):
-        if self.diffusion_steps % self.sample_steps: raise ValueError(f'sample_steps: expected a divisor of diffusion_steps={self.diffusion_steps}, found {self.sample_steps}')
+    def __post_init__(self): _check(self)
 
 # %% ../../nbs/policies/13_openvla_config.ipynb #e0428218
 def tiny(): return OpenVLAConfig()
@@ -120,8 +124,7 @@ def param_groups(
     model:Prismatic,
     named:Iterable[tuple[str, nn.Parameter]], # `policy.named_parameters()`
 )->list[ParamGroup]:
-    "Groups of a policy; raises ValueError where something is frozen that there is not"
-    if set(c.frozen)-{'vision', 'language', 'head'}: raise ValueError(f'frozen: expected some of vision, language, head, found {c.frozen}')
+    "Groups of a policy"
     parts, adapted = {}, c.lora_rank > 0
     for k,p in named:
         g = part_of(k, model, c.head == 'discrete')
