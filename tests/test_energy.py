@@ -196,3 +196,10 @@ def test_no_gradient_enters_the_contexts():
 
 
 if __name__ == '__main__': work(int(sys.argv[1]), Path(sys.argv[2]))
+
+def test_one_switched_neighbour_leaves_no_field():
+    "Its only neighbour is the switched one, at which no slope is asked for: contrast alone"
+    from vla_nb.objectives.info_nce import energy_loss
+    def score(a, twice=False): return a.square().mean((-2, -1)).expand(4, -1) if len(a) == 1 else a.square().mean((-2, -1))
+    each,_ = energy_loss(score, torch.rand(4, 3, 2), torch.arange(4), negatives=1, switches=(1,))
+    assert each.shape == (4,) and each.isfinite().all()

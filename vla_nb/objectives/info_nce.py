@@ -146,10 +146,10 @@ def energy_loss(
 )->tuple[Tensor, Contrast]: # Loss of each context (b); what to log
     "Contrast with the batch and with neighbours, a slope, and an anchor"
     chunks, first = gather(a)
-    spread = sigma*2**torch.linspace(-1.5, 1.5, negatives)
+    spread = sigma*2**torch.linspace(-1.5, 1.5, negatives, device=a.device)
     near = local_negatives(a, seed, negatives, spread, switches) if negatives else None
     at = torch.arange(len(a), device=a.device)+first
     c = info_nce(score(chunks[None]), at, None if near is None else score(near), tau, exclude)
     loss = c.loss + anchor*c.positive.float().square()
-    if field and near is not None: loss = loss + field*gradient_field(lambda x: score(x, twice=True), a, near[:,bool(switches):], 2*rise/(a[0].numel()*sigma**2), sigma)
+    if field and negatives > bool(switches): loss = loss + field*gradient_field(lambda x: score(x, twice=True), a, near[:,bool(switches):], 2*rise/(a[0].numel()*sigma**2), sigma)
     return loss, c
