@@ -122,6 +122,20 @@ def test_all_at_once_hide_nothing(tmp_path):
     assert str(e.value).count('\n') == 20
 
 
+@pytest.mark.parametrize('which', [0, 5])
+def test_a_camera_more_is_a_note_or_in_the_first_file_a_fault(data, which):
+    with h5py.File(data/f'episode_{which}.hdf5', 'a') as f: f.copy(f[top], 'observations/images/extra')
+    assert not check(data) and not notes(data) and len(Windows(Hdf5Source(data), 2)) == n*12, 'the file itself names its cameras, and this is none'
+    with h5py.File(data/f'episode_{which}.hdf5', 'a') as f: f.attrs['camera_names'] = ['top', 'wrist', 'extra']
+    faults, found = check(data), notes(data)
+    assert [(f.file, f.field) for f in found] == [(f'episode_{which}.hdf5', 'observations/images/extra')] and 'only 1 have' in found[0].found
+    if which:
+        assert not faults and len(Windows(Hdf5Source(data), 2)) == n*12
+        return
+    assert [(f.file, f.field) for f in faults] == [('episode_0.hdf5', 'observations/images/extra')] and '1 of 8 files' in faults[0].found
+    with pytest.raises(ValueError, match='leave .* out'): Windows(Hdf5Source(data), 2)    # as the doctor said
+
+
 def test_threads_do_not_change_the_answer(data):
     for i,how in enumerate(('truncated', 'nan in action', 'jpeg cut', 'missing camera')): breakage(data/f'episode_{i}.hdf5', how)
     assert check(data, threads=1) == check(data, threads=8)

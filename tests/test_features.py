@@ -19,7 +19,7 @@ def source(es=3, l=10):
     def one(e):
         a = 10.*e + np.arange(l)[:, None]
         frames = np.broadcast_to((10*e + np.arange(l))[:, None, None, None], (l, 16, 16, 3)).astype(np.uint8)
-        return Episode({'top': frames, 'wrist': 255-frames}, a, a, f'task {e}')
+        return Episode({'top': frames, 'wrist': 255-frames}, a, a, f'task {e}', success=e%2 == 0)
     return ArraySource([one(e) for e in range(es)])
 
 

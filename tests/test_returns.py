@@ -54,13 +54,16 @@ def test_identity_on_short_episodes(n):
 
 @pytest.mark.parametrize('name, to', [('hdf5', hdf5), ('folders', folders), ('parquet', parquet), ('rlds', rlds), ('lerobot', lerobot)])
 def test_flags_survive_every_format(tmp_path, name, to):
-    "A success, a failure and an unknown come back as such from all five formats, and make the same returns"
+    "A success, a failure and an unknown come back as such from all five formats, and make the same returns; the unknown one is refused until somebody says how it ended"
     flags = [True, False, None]
     source = ArraySource([numbered(e, 12, f) for e, f in enumerate(flags)])
     convert(source, tmp_path/name, to(), progress=False)
     back = open_source(tmp_path/name)
     assert [back.episode(i).success for i in range(3)] == flags
-    a, b = (ValueWindows(Windows(s, 4)) for s in (source, back))
+    with pytest.raises(ValueError, match=r"success: expected true or false, .* 0 more of 3 episodes; .*'\?success=all'"): ValueWindows(Windows(back, 4))
+    said = open_source(f'{tmp_path}/{name}?success=all')
+    assert [said.episode(i).success for i in range(3)] == [True, False, True] and said.fingerprint != back.fingerprint and check(said) == check(back)
+    a, b = (ValueWindows(Windows(s, 4), success=f) for s, f in ((source, [True, False, True]), (said, None)))
     assert np.array_equal(a.mc, b.mc) and (a.mc[12:24] < -49.9).all() and np.array_equal(a.mc[:12], a.mc[24:])
 
 

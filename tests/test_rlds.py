@@ -6,15 +6,15 @@ import numpy as np, pytest
 
 from test_convert import full, jpegs
 from test_data import wander
-from vla_nb.data import tfrecord
+from vla_nb.data import rlds as rlds_page, tfrecord
 from vla_nb.data.convert import compare, convert
 from vla_nb.data.dataset import DataConfig, open_source, train_val
 from vla_nb.data.doctor import check, report, require_healthy
 from vla_nb.data.episode import ArraySource, EpisodeSource
 from vla_nb.data.loader import Loader
 from vla_nb.data.parts import decode_picture
-from vla_nb.data.rlds import RldsSource, buffered, find_rlds
-from vla_nb.data.rlds_write import rlds, write_rlds
+from vla_nb.data.rlds import RldsSource, buffered, find_rlds, plain
+from vla_nb.data.rlds_write import lists_of, rlds, write_rlds
 from vla_nb.data.tfrecord import (_crc32c, crc32c, encode_example, index_shards, mask, pack_varints, parse_example, read_list, scan_records,
     unpack_varints, write_records)
 from vla_nb.data.windows import Windows
@@ -24,6 +24,7 @@ inf = float('inf')
 
 
 def keep(s): return s
+def inner(get): return {**{k: v[1:-1] for k,v in plain(get).items()}, 'keep': slice(1, -1)}    # a standardisation that drops both ends
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +107,74 @@ def test_the_index_is_kept_by_content_and_made_anew(tmp_path, monkeypatch):
     assert [i for i,f in enumerate(faults) if f] == [9] and 'masked crc32c' in faults[9]
 
 
+@pytest.mark.parametrize('harm', [lambda b: b[:len(b)//2], lambda b: b[:-30], lambda b: b''])
+def test_a_broken_index_is_made_again(tmp_path, harm):
+    write_records(tmp_path/'s', [b'a', b'b'])
+    want, _ = index_shards([(tmp_path/'s', 2)], tmp_path/'.index.npz')
+    (tmp_path/'.index.npz').write_bytes(harm((tmp_path/'.index.npz').read_bytes()))
+    assert (index_shards([(tmp_path/'s', 2)], tmp_path/'.index.npz')[0] == want).all()
+
+
+# how long episodes are, and how they ended
+
+def test_lengths_are_counted_once_for_all_starts_workers_and_parts(tmp_path, monkeypatch):
+    write_rlds(tmp_path/'d', ArraySource([full(i, l=10+i) for i in range(6)]), shards=2)
+    parsed, real = [], rlds_page.parse_example
+    def count(*args): parsed.append(args); return real(*args)
+    monkeypatch.setattr(rlds_page, 'parse_example', count)
+    half = RldsSource(tmp_path/'d', 'train[3:]')
+    assert half.lengths().tolist() == [13, 14, 15]
+    src = RldsSource(tmp_path/'d')
+    assert src.lengths().tolist() == [10, 11, 12, 13, 14, 15]
+    parsed.clear()
+    again, worker = RldsSource(tmp_path/'d'), pickle.loads(pickle.dumps(src))
+    assert again.lengths().tolist() == worker.lengths().tolist() == src.lengths().tolist() and not parsed
+    assert RldsSource(tmp_path/'d', standardize=inner).lengths().tolist() == [8, 9, 10, 11, 12, 13], 'another standardisation, other lengths'
+    assert len(list((tmp_path/'d').glob('.lengths-train-*.npz'))) == 2 and not list((tmp_path/'d').glob('.*.tmp'))
+    parsed.clear()
+    shutil.copytree(tmp_path/'d', tmp_path/'e')
+    write_rlds(tmp_path/'new', ArraySource([full(i, l=20) for i in range(6)]), shards=2)
+    for p in (tmp_path/'new').glob('demos*'): shutil.copy(p, tmp_path/'d'/p.name)
+    assert RldsSource(tmp_path/'d').lengths().tolist() == [20]*6 and parsed
+    (tmp_path/'e'/'.lengths-train-plain.npz').write_bytes(b'PK half')
+    assert RldsSource(tmp_path/'e').lengths().tolist() == [10, 11, 12, 13, 14, 15]
+    assert RldsSource(tmp_path/'e', cache=False).lengths().sum() == RldsSource(tmp_path/'e', standardize=lambda get: plain(get)).lengths().sum() == 75 and not list((tmp_path/'e').glob('*lambda*'))
+
+
+def relabel(path, **lists): # As somebody else's data set: no metadata of ours, and these lists for each episode
+    eps = [full(i) for i in range(len(next(iter(lists.values()))))]
+    write_rlds(path, ArraySource(eps))
+    write_records(path/'demos-train.tfrecord-00000-of-00001', [encode_example({**{k: v for k,v in lists_of(e).items() if not k.startswith('episode_metadata')}, **{f'steps/{k}': v[i] for k,v in lists.items()}}) for i,e in enumerate(eps)])
+    tree = json.loads((path/'features.json').read_text())
+    del tree['featuresDict']['features']['episode_metadata']
+    (path/'features.json').write_text(json.dumps(tree))
+    return path
+
+
+def test_a_terminal_state_is_no_success_until_somebody_says_so(tmp_path):
+    zero, one, dense = np.zeros(12, np.float32), np.eye(12, dtype=np.float32)[11], np.linspace(0, 1, 12, dtype=np.float32)
+    at = relabel(tmp_path/'d', reward=[zero, one, dense, one], is_terminal=[one > 0, one > 0, zero > 0, zero > 0])
+    flags = lambda more: [s.episode(i).success for s in [open_source(f'{at}{more}')] for i in range(4)]
+    assert flags('') == [None, True, None, True]
+    assert flags('?success=terminal') == [True, True, False, False]
+    assert flags('?success=reward') == [False, True, True, True]
+    assert flags('?success=all') == flags('?split=train&success=all') == [True]*4
+    assert len({open_source(f'{at}{x}').fingerprint for x in ('', '?success=terminal', '?success=reward', '?success=all')}) == 4
+    tree = json.loads((at/'features.json').read_text())
+    del tree['featuresDict']['features']['steps']['sequence']['feature']['featuresDict']['features']['is_terminal']
+    (at/'features.json').write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match='steps/is_terminal: expected one for each step, .* found "?no such feature'): open_source(f'{at}?success=terminal').episode(0)
+    assert {f.field for f in check(open_source(f'{at}?success=terminal'))} == {'steps/is_terminal'}
+
+
+def test_a_mixture_says_it_behind_its_folders(tmp_path):
+    for k in 'ab': relabel(tmp_path/k, reward=[np.zeros(12, np.float32)]*4)
+    (tmp_path/'m.json').write_text(json.dumps(dict(t=dict(dataset_dir=['a?success=all', 'b?success=reward']))))
+    mix = open_source(tmp_path/'m.json')
+    assert [mix.episode(i).success for i in range(8)] == [True]*4+[False]*4
+    with pytest.raises(ValueError, match='write it behind its folders'): open_source(f'{tmp_path}/m.json?success=all')
+
+
 # what TensorFlow Datasets wrote
 
 def test_it_reads_what_tensorflow_wrote_bit_for_bit(theirs):
@@ -169,6 +238,8 @@ def test_shards_that_are_missing_cut_or_short_are_named_beside_the_others(theirs
     src = RldsSource(theirs)
     assert len(src) == dict(gone=1, cut=3, fewer=3)[how]
     with pytest.raises(ValueError, match=said): src.episode(len(src)-1)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=said): src.lengths()
     assert any(said in str(f) for f in check(src))
 
 
@@ -218,7 +289,6 @@ wrong = {  # what to do to the lists of one episode -> field, found
 @pytest.mark.parametrize('how', wrong)
 def test_each_fault_of_an_episode_is_named_by_the_command_and_training_refuses(tmp_path, how, capsys):
     from vla_nb.cli import main
-    from vla_nb.data.rlds_write import lists_of
     write_rlds(tmp_path/'d', ArraySource([full(2*i) for i in range(4)]), shards=4)
     lists = lists_of(full(4))
     wrong[how][0](lists)

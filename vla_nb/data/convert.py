@@ -57,6 +57,7 @@ def compare(
 @dataclass(frozen=True)
 class Format:
     "How episodes of one kind are written, and read back"
+    name:str # As after `--to`
     suffix:str # What a name ends with; empty: each episode is a folder
     write:Callable[[Path, Episode], object] # Writes one episode, whole or not at all
     read:Callable[[Path], EpisodeSource] # Reads what `write` wrote, as a source of one episode
@@ -68,7 +69,7 @@ def hdf5(
     compress:str|None = 'jpeg', quality:int = 95, # As for `write_episode`
 )->Format:
     "The HDF5 layout of ALOHA and DexVLA"
-    return Format('.hdf5', partial(write_episode, compress=compress, quality=quality), lambda p: Hdf5Source([p]))
+    return Format('hdf5', '.hdf5', partial(write_episode, compress=compress, quality=quality), lambda p: Hdf5Source([p]))
 
 # %% ../../nbs/data/12_convert.ipynb #9b3c00ca
 def claim(
@@ -96,7 +97,7 @@ def convert(
     progress:bool = True, # Show a bar
 )->dict: # episodes, written (in this run), psnr of the worst frame (None: nothing was lost; or not verified)
     "Write every episode of a source in another format. What is there already is left as it is. ValueError with the episode and the field where something cannot be kept"
-    out = claim(out, dict(fingerprint=source.fingerprint, episodes=len(source), to=to.suffix or getattr(to.write, 'func', to.write).__name__, settings={k: v for k,v in getattr(to.write, 'keywords', {}).items()}))
+    out = claim(out, dict(fingerprint=source.fingerprint, episodes=len(source), to=to.name, settings={k: v for k,v in getattr(to.write, 'keywords', {}).items()}))
     if rest := declared(source.folder) if getattr(source, 'folder', None) else (): declare(out, *rest)
     written, worst = 0, float('inf')
     for i in tqdm(range(len(source)), desc='convert', unit='episode', disable=not progress):

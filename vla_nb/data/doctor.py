@@ -130,7 +130,7 @@ def _fields(chart, f, decode): # A chart; an open file; whether to decode
         check_numbers(chart, name, where, x[:,None] if name == 'reward' and x.ndim == 1 else x)
         sizes[where] = len(x) if x.ndim else 0
     images = f.get('observations/images', {})
-    chart.cameras = tuple(images) if 'observations/images' in f else None
+    chart.cameras = tuple(c for c in read_list(f, 'camera_names') or images if c in images) if 'observations/images' in f else None    # as they are read
     for cam in images:
         where = f'observations/images/{cam}'
         sizes[where] = len(images[cam])
@@ -161,13 +161,13 @@ def _dims(charts): # Charts; faults
         counts = Counter(c.dims[name] for c in charts if name in c.dims)
         if len(counts) < 2: continue
         n = counts.most_common(1)[0][0]
-        yield from (Fault(c.file, c.at[name], f'{n} dimensions, as {counts[n]} of {counts.total()} files have', str(c.dims[name]),
-            'keep different robots in different folders') for c in charts if c.dims.get(name, n) != n)
+        yield from (Fault(c.file, c.at[name], f'{n} dimensions, as {counts[n]} of {counts.total()} files have', str(c.dims[name]), 'keep different robots in different folders') for c in charts if c.dims.get(name, n) != n)
 
 def _cameras(charts):
     read = [c for c in charts if c.cameras is not None]
     counts = Counter(cam for c in read for cam in c.cameras)
     usual = sorted(cam for cam,k in counts.items() if 2*k >= len(read))
+    for c in read[:1]: yield from (Fault(c.file, f'{c.at["camera"]}{cam}', 'a camera that the others have too, since what the first file has is read of each', f'one that {counts[cam]} of {len(read)} files have', 'take it out of this file, or keep it in a folder of its own') for cam in c.cameras if cam not in usual)
     for c in read:
         if not c.cameras: yield Fault(c.file, c.at['camera'].rstrip('/') or 'cameras', f'cameras {usual}' if usual else 'at least one camera', 'none', again)
         else: yield from (Fault(c.file, f'{c.at["camera"]}{cam}', f'a camera that {counts[cam]} of {len(read)} files have', f'only {sorted(c.cameras)}', again) for cam in usual if cam not in c.cameras and all(f.field != c.at['camera']+cam for f in c.faults))

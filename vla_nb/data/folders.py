@@ -187,4 +187,4 @@ def folders(
     lossless:bool = False, quality:int = 95, # As for `write_run`
 )->Format:
     "The folder layout by task, subtask and run"
-    return Format('', partial(write_run, lossless=lossless, quality=quality), lambda p: FolderSource(p.parent, runs=[p.name]), _place, _finish)
+    return Format('folders', '', partial(write_run, lossless=lossless, quality=quality), lambda p: FolderSource(p.parent, runs=[p.name]), _place, _finish)

@@ -6,7 +6,7 @@ Docs: https://example.github.io/vla_nb/data/lerobot.html.md"""
 
 # %% auto #0
 __all__ = ['columns_at', 'Meta', 'read_meta', 'find_lerobot', 'data_file', 'video_file', 'LeRobotSource', 'numbers', 'frames_of',
-           'parts', 'episode', 'examine']
+           'parts']
 
 # %% ../../nbs/data/25_lerobot.ipynb #fc0b9b52
 import json
@@ -17,11 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .doctor import Chart
-from .episode import Episode
 from .hdf5 import files_digest
 from .parquet import Tables, read_column
-from .parts import Pictures, in_parts, look, refuse
+from .parts import InParts, Pictures
 from .video import Clips, VideoFrames, nearest
 
 # %% ../../nbs/data/25_lerobot.ipynb #fb631e3d
@@ -106,8 +104,9 @@ def video_file(meta:Meta, row:dict, key:str)->tuple[str, float]: # Of an episode
 # %% ../../nbs/data/25_lerobot.ipynb #35cff142
 columns_at = dict(action='action', state='observation.state', velocity='observation.velocity', reward='next.reward', camera='', reasoning='subtask', instruction='task')
 
-class LeRobotSource:
+class LeRobotSource(InParts):
     "A LeRobotDataset, v2.1 or v3.0"
+    at = columns_at
     def __init__(self,
         root:str|Path, # Its folder
         cameras = None, # Names to use, in order, without `observation.images.`; None: all
@@ -193,15 +192,4 @@ def parts(self:LeRobotSource, i, cameras, fail:Callable)->dict: # An episode; na
     cams = {c: self.frames_of(c, i, path, a, t, fail) for c in (self.meta.cameras if cameras is None else cameras)}
     return {**self.numbers(t, row, fail), 'cameras': {c: f for c,f in cams.items() if f is not None}}
 
-def episode(self:LeRobotSource, i)->Episode:
-    "Episode `i`, frames lazy"
-    try: return Episode(**self.parts(i, self.cameras, refuse(self.describe(i))))
-    except ValueError as e: raise ValueError(str(e) if self.describe(i) in str(e) else f'{self.describe(i)}: {e}') from None
-
-def examine(self:LeRobotSource, i, decode=True)->Chart: # As `doctor.examine`
-    "Everything that is wrong with episode `i` by itself"
-    chart = Chart(self.describe(i), at=columns_at)
-    try: return look(chart, self.parts(i, None, chart.blame), decode)
-    except ValueError as e: return chart.blame(*in_parts(str(e))) or chart
-
-for f in (numbers, frames_of, parts, episode, examine): setattr(LeRobotSource, f.__name__, f)
+for f in (numbers, frames_of, parts): setattr(LeRobotSource, f.__name__, f)

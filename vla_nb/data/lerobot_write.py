@@ -197,4 +197,4 @@ def lerobot(
     if version not in layouts: raise ValueError(f'version: expected one of {list(layouts)}, found {version!r}')
     w = LeRobotWriter(version)
     kind = dict(crf=crf, video=True) if video else dict(lossless=lossless, quality=quality)
-    return Format('.parquet', partial(w.write_lerobot, **kind), w.read, w.place, partial(w.finish, video=video), 15 if video else float('inf'))
+    return Format('lerobot' if version == 'v3.0' else 'lerobot_v21', '.parquet', partial(w.write_lerobot, **kind), w.read, w.place, partial(w.finish, video=video), 15 if video else float('inf'))

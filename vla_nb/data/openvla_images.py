@@ -20,12 +20,12 @@ from ..core import draw_uniform
 
 # %% ../../nbs/data/27_openvla_images.ipynb #db23d320
 @lru_cache(32)
-def _lanczos(n, m): # From n pixels to m: float64 (m, n)
+def _lanczos(n, m, device): # From n pixels to m: float32 (m, n), computed in float64
     scale = n/m
     x = (torch.arange(n, dtype=torch.float64) + .5)[None] - ((torch.arange(m, dtype=torch.float64) + .5)*scale)[:,None]
     x = x/max(scale, 1)
     w = torch.where(x.abs() < 3, torch.sinc(x)*torch.sinc(x/3), 0)
-    return w/w.sum(1, keepdim=True)
+    return (w/w.sum(1, keepdim=True)).to(device, torch.float32)
 
 def resize_lanczos(
     images:UInt8[Tensor, "b n c h w"], # Camera frames
@@ -34,7 +34,7 @@ def resize_lanczos(
     "Lanczos-3 with antialiasing"
     h,w = images.shape[-2:]
     if (h, w) == (height, width): return images
-    rows, cols = (_lanczos(*s).to(images.device, torch.float32) for s in ((h, height), (w, width)))
+    rows, cols = _lanczos(h, height, images.device), _lanczos(w, width, images.device)
     x = torch.einsum('yh,bnchw,xw->bncyx', rows, images.float(), cols)
     return x.round_().clamp_(0, 255).byte()
 

@@ -6,7 +6,7 @@ Docs: https://example.github.io/vla_nb/data/parquet.html.md"""
 
 # %% auto #0
 __all__ = ['columns_at', 'is_image', 'write_parquet', 'open_table', 'Tables', 'read_column', 'read_rows', 'find_tables',
-           'ParquetSource', 'parts', 'episode', 'examine', 'parquet']
+           'ParquetSource', 'parts', 'parquet']
 
 # %% ../../nbs/data/15_parquet.ipynb #4649a9f7
 import json, os, re, threading
@@ -19,10 +19,9 @@ import numpy as np
 
 from ..core import atomic_path
 from .convert import Format
-from .doctor import Chart
 from .episode import Episode
 from .hdf5 import files_digest
-from .parts import Opened, Pictures, look, refuse, stored
+from .parts import InParts, Opened, Pictures, reached, refuse, stored
 
 # %% ../../nbs/data/15_parquet.ipynb #03b70928
 def write_parquet(
@@ -126,7 +125,7 @@ def read_rows(t, meta, n, fail): # A table of one episode; the file's metadata; 
     if 'is_last' in t.column_names and (last := read_column(t, 'is_last', fail)) is not None and (at := np.flatnonzero(last).tolist()) != [len(t)-1]:
         fail('is_last', f'true at step {len(t)-1} only', f'true at {at[:5]}', 'set is_first and is_last where episodes begin and end')
     if n < len(meta.get('episodes', [])): parts |= {**meta['episodes'][n], 'may_rest': tuple(meta['episodes'][n].get('may_rest', ()))}
-    elif 'is_terminal' in t.column_names and (end := read_column(t, 'is_terminal', fail)) is not None and bool(end[-1]): parts['success'] = True
+    else: parts['success'] = reached(parts.get('reward'))
     return parts
 
 # %% ../../nbs/data/15_parquet.ipynb #3636cc81
@@ -138,7 +137,7 @@ def find_tables(folder:str|Path)->list[Path]:
     found = [p for p in Path(folder).rglob('*.parquet') if not any(x.startswith('.') for x in p.relative_to(folder).parts)]
     return sorted(found, key=lambda p: [int(x) if x.isdigit() else x for x in re.split(r'(\d+)', p.as_posix())])
 
-class ParquetSource:
+class ParquetSource(InParts):
     "Parquet files with a row for each step"
     def __init__(self,
         files, # A folder, or paths of files
@@ -194,23 +193,10 @@ def parts(self:ParquetSource, i, cameras, fail:Callable)->dict: # An episode; na
         else: got[cam] = Pictures(lambda j, c=have[cam]: self.tables.cell(path, c, a+j), b-a, f'{self.describe(i)}: {cam}')
     return {**read_rows(t, self._meta(path), k, fail), 'cameras': got}
 
-def episode(self:ParquetSource, i)->Episode:
-    "Episode `i`, frames lazy"
-    try: return Episode(**self.parts(i, self.cameras, refuse(self.describe(i))))
-    except ValueError as e: raise ValueError(str(e) if self.describe(i) in str(e) else f'{self.describe(i)}: {e}') from None
-
-def examine(self:ParquetSource, i, decode=True)->Chart: # As `doctor.examine`
-    "Everything that is wrong with episode `i` by itself"
-    chart = Chart(self.describe(i), at=columns_at)
-    try: return look(chart, self.parts(i, None, chart.blame), decode)
-    except ValueError as e:
-        chart.blame('file', 'a complete Parquet file', str(e).split(', found ', 1)[-1].rsplit(';', 1)[0].rstrip('.'), 'copy it again, or leave it out')
-        return chart
-
-ParquetSource.parts, ParquetSource.episode, ParquetSource.examine = parts, episode, examine
+ParquetSource.at, ParquetSource.parts = columns_at, parts
 
 def parquet(
     lossless:bool = False, quality:int = 95, rows:int = 32, # As for `write_parquet`
 )->Format:
     "Parquet with a row for each step, a file for each episode"
-    return Format('.parquet', partial(write_parquet, lossless=lossless, quality=quality, rows=rows), lambda p: ParquetSource([p]))
+    return Format('parquet', '.parquet', partial(write_parquet, lossless=lossless, quality=quality, rows=rows), lambda p: ParquetSource([p]))

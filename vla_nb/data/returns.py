@@ -80,6 +80,11 @@ class ValueSamples(Samples):
     next_features:Float[Tensor, "b m s d"]|None = None # Of the frames of `next_obs`
 
 # %% ../../nbs/data/30_returns.ipynb #714835ae
+def _flags(source): # How each episode ended
+    flags = [source.episode(e).success for e in range(len(source))]
+    if None in flags: raise ValueError(f"{source.describe(flags.index(None))}: success: expected true or false, to learn a value from, found nothing, here and in {flags.count(None)-1} more of {len(flags)} episodes; record it, or say it behind the folder's name: '?success=all' if every such episode worked, for RLDS also '?success=reward' or '?success=terminal'")
+    return flags
+
 class ValueWindows(Windows):
     "Windows whose samples are `ValueSamples`"
     def __init__(self,
@@ -87,7 +92,7 @@ class ValueWindows(Windows):
         gamma:float = .98, # Discount of a step
         n:int|None = None, # Steps that the critic's chunk commits to; None: all of `windows.horizon`
         num_pos:int = 3, # Frames at the end of a success that show the goal
-        success = None, # A flag for each episode; None: their own, unknown ones count as successes
+        success = None, # A flag for each episode; None: their own. ValueError where one is not known
         reward = None, # One for each row of all episodes, end to end; None: -1 a step and 0 at the goal
         features = None, # Reader of cached features, (episodes, steps) -> (b m s d); None: read frames
     ):
@@ -95,7 +100,7 @@ class ValueWindows(Windows):
         self.base, self.gamma, self.n, self.features = windows, gamma, n or windows.horizon, features
         if not 1 <= self.n <= windows.horizon: raise ValueError(f'n: expected 1 to {windows.horizon}, the actions of a sample, found {n}')
         if hasattr(windows, 'order'): self.order = windows.order
-        self.success = np.array([self.source.episode(e).success is not False for e in range(len(self.source))] if success is None else success, dtype=bool)
+        self.success = np.array(_flags(self.source) if success is None else success, dtype=bool)
         if len(self.success) != len(self.source): raise ValueError(f'success: expected {len(self.source)} flags, one for each episode, found {len(self.success)}')
         sparse, self.alive = rewards(np.diff(self.bounds), self.success, num_pos)
         self.reward = sparse if reward is None else np.asarray(reward, np.float32)

@@ -129,4 +129,4 @@ def rlds(
     name:str = 'demos', # Of the data set
 )->Format:
     "RLDS as TensorFlow Datasets keeps it, a shard for each episode"
-    return Format('', partial(write_shard, lossless=lossless, quality=quality), lambda p: RldsSource(p.parent, files=[p]), partial(_place, name=name), partial(_finish, name=name))
+    return Format('rlds', '', partial(write_shard, lossless=lossless, quality=quality), lambda p: RldsSource(p.parent, files=[p]), partial(_place, name=name), partial(_finish, name=name))
