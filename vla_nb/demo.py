@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Literal
 
 import numpy as np
@@ -102,6 +103,7 @@ def train_runs(
 ):
     "Train several policies, each a process of its own; raises ChildProcessError with the log's end if one stops"
     waiting, running = list(commands), {}
+    env = {'OMP_NUM_THREADS': str(max(1, os.cpu_count()//at_once)), **os.environ}    # more threads than cores wait for each other, and busily
     bars = {n: tqdm(total=steps[n], desc=f'train {n}', unit='step', position=i) for i,n in enumerate(commands)}
     def ended(name, flag=0): # Collect a process that has ended, or wait for it
         pid, status, use = os.wait4(running[name].pid, flag)
@@ -116,7 +118,7 @@ def train_runs(
             for n in ready:
                 waiting.remove(n)
                 (out/n).mkdir(parents=True, exist_ok=True)
-                with open(out/n/'stdout.txt', 'a') as f: running[n] = subprocess.Popen(commands[n], stdout=f, stderr=subprocess.STDOUT)
+                with open(out/n/'stdout.txt', 'a') as f: running[n] = subprocess.Popen(commands[n], stdout=f, stderr=subprocess.STDOUT, env=env)
             time.sleep(1)
             for n in list(running):
                 progress(bars[n], *steps_done(out/n))
@@ -129,7 +131,9 @@ def train_runs(
 
 # %% ../nbs/03_demo.ipynb #66e12db5
 def progress(bar, step, loss):
-    if not bar.n: bar.initial = bar.n = step    # a resumed run's speed counts from where it goes on
+    if not bar.n:    # not seen yet: time and speed count from here, of a resumed run too
+        bar.initial = bar.n = bar.last_print_n = step
+        bar.unpause()
     if loss is not None: bar.set_postfix(loss=f'{loss:.4f}', refresh=False)
     bar.update(step - bar.n)
 
@@ -196,7 +200,7 @@ def report_phase(c:Demo, result:dict, captions:dict[str, str])->Path: # The HTML
                'Learning': loss_curves(log, ['loss', 'val/loss'], title='Held-out loss falls with the training loss', smooth=.9)}
     films = {told: c.out/'films'/f'{name}.gif' for name,told in captions.items()}
     at = write_report(c.out/'report.html', result, films, figures, settings={k: str(v) for k,v in asdict(c).items()}, title=f'vla_nb demo: {c.suite}',
-        chance=1/len(result['success']), commands=[f'vla-nb eval {c.out}/policy --suite {c.suite} --seed 200000', 'vla-nb demo --suite desk --out outputs/desk', 'make lab'])
+        chance=1/len(result['success']), commands=[f'vla-nb eval {quote(str(c.out))}/policy --suite {c.suite} --seed 200000', 'vla-nb demo --suite desk --out outputs/desk', 'make lab'])
     plt.close('all')
     return at
 
