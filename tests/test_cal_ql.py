@@ -180,3 +180,16 @@ def test_stacked_runs_are_single_runs():
     assert [len(c) for c in curve] == [3, 3, 3] and memory.size.min() == 50
     assert (memory.new[2][:,:50] <= 0).all() and (memory.new[5][:,0] <= -12).all(), 'walks that fail go on at -1'
     assert len(best_of(many, walks, n=10)) == 4 and len(succeed(many, 5)) == 3
+
+
+def test_corl_form():
+    from vla_nb.value_study import Agent, Memory, Stack, corl, hume, runs_of, train
+    torch.manual_seed(0)
+    actor, critics, temperature = corl(64)
+    assert len(actor.network) == 6 and len(critics.networks[0]) == 4, 'the actor is one layer deeper'
+    torch.testing.assert_close(torch.stack([h.weight.norm() for h in critics.heads]), torch.full((2,), 2**.5))
+    torch.testing.assert_close(actor.spread(torch.tensor([-50., 0., 50.])), torch.tensor([-20., -1., 2.]))
+    assert temperature() == 1 and isinstance(Agent(hume).temperature, Temperature)
+    stack = Stack(runs_of('Cal-QL', (0, 1)), width=16)
+    train(stack, Memory(record(10, 0), stack), 3, show=False)
+    assert (stack.trained['actor.spread.slope'] != 1).all() and (stack.trained['temperature.log'] != 0).all()
