@@ -149,6 +149,7 @@ def test_a_conversion_goes_on_where_it_stopped(tmp_path):
     for k in (2, 4): (tmp_path/f'a/data/chunk-000/file-00{k}.parquet').unlink()
     assert convert(src, tmp_path/'a', lerobot(video=True), progress=False)['written'] == 2
     assert {p.relative_to(tmp_path/'a'): p.read_bytes() for p in (tmp_path/'a').rglob('*') if p.is_file() and p.suffix != '.mp4'} == want
+    with pytest.raises(ValueError, match="to: expected 'lerobot_v21', found 'lerobot'"): convert(src, tmp_path/'a', lerobot('v2.1', video=True), progress=False)    # would leave files of both versions
 
 
 def test_episodes_that_do_not_fit_together_are_refused(tmp_path):

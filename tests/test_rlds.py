@@ -331,7 +331,7 @@ def test_a_conversion_goes_on_where_it_stopped(tmp_path):
     with pytest.raises(ValueError, match='00003-of-00005, record 0: file: expected 1 episodes, found no file'): open_source(tmp_path/'a').episode(3)
     assert convert(src, tmp_path/'a', rlds(), progress=False)['written'] == 1 and len(open_source(tmp_path/'a')) == 5
     from vla_nb.data.folders import folders
-    with pytest.raises(ValueError, match='made of other data or with other settings'): convert(src, tmp_path/'a', folders(), progress=False)
+    with pytest.raises(ValueError, match="to: expected 'folders', found 'rlds': made of other data or with other settings"): convert(src, tmp_path/'a', folders(), progress=False)
 
 
 # loading

@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Literal
 
 from tyro.conf import Positional
@@ -47,7 +48,7 @@ def record(c:Record):
     print(f'{c.suite}: {tasks} instructions, {c.episodes} episodes for each, {tasks*c.episodes} in all')
     s = run(partial(Tabletop, c.suite, renderer=c.renderer, size=c.size), c.out, episodes_per_task=c.episodes, seed=c.seed, workers=c.workers, noise=c.noise)
     print(f'wrote {s["episodes"]} episodes to {c.out}')
-    print(f'next: vla-nb doctor {c.out}\n      vla-nb train --data {c.out} --out outputs/run')
+    print(f'next: vla-nb doctor {quote(str(c.out))}\n      vla-nb train --data {quote(str(c.out))} --out outputs/run')
 
 # %% ../nbs/04_cli.ipynb #8b4fdd94
 @dataclass(frozen=True)
@@ -64,13 +65,13 @@ def doctor(c:Doctor):
     print(report(faults))
     if faults: return 2
     if remarks := notes(source): print(report(remarks, 'note'))
-    print(f'next: vla-nb train --data {c.data} --out outputs/run')
+    print(f'next: vla-nb train --data {quote(str(c.data))} --out outputs/run')
 
 def shorten(c:Doctor):
     from vla_nb.data.truncate import truncate
     if c.out is None: raise ValueError('--out: expected a folder for the shortened episodes, found none; the originals are never changed')
     s = truncate(c.data, c.out, c.truncate)
-    print(f'wrote {s["episodes"]} episodes to {c.out}, {s["cut"]} of them shortened: {s["steps"]} of {s["of"]} steps\nnext: vla-nb doctor {c.out}')
+    print(f'wrote {s["episodes"]} episodes to {c.out}, {s["cut"]} of them shortened: {s["steps"]} of {s["of"]} steps\nnext: vla-nb doctor {quote(str(c.out))}')
 
 @dataclass(frozen=True)
 class Stats:
@@ -88,7 +89,7 @@ def stats(c:Stats):
         print('  dim ' + ''.join(f'{k:>11}' for k in ('mean', 'std', 'min', 'q01', 'q99', 'max')))
         for i in range(len(s['mean'])): print(f'  {i:>3} ' + ''.join(f'{s[k][i]:>11.4f}' for k in ('mean', 'std', 'min', 'q01', 'q99', 'max')))
     if c.out: print(f'wrote {write_json(c.out, found)}')
-    print(f'next: vla-nb train --data {c.data} --out outputs/run')
+    print(f'next: vla-nb train --data {quote(str(c.data))} --out outputs/run')
 
 # %% ../nbs/04_cli.ipynb #3ce0f0c5
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def cache(c:Cache):
     height, width = (asked or min(224, own) for asked,own in zip((c.height, c.width), first.shape))
     build_cache(source, c.out, kind=c.kind, height=height, width=width)
     size = sum(p.stat().st_size for p in c.out.rglob('*') if p.is_file())
-    print(f'wrote {c.out} ({size/2**20:.1f} MiB)\nnext: vla-nb train --data {c.out} --height {height} --width {width} --out outputs/run')
+    print(f'wrote {c.out} ({size/2**20:.1f} MiB)\nnext: vla-nb train --data {quote(str(c.out))} --height {height} --width {width} --out outputs/run')
 
 # %% ../nbs/04_cli.ipynb #4cfa6eca
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def convert(c:Convert):
     formats = {'hdf5': to.hdf5(None if c.lossless else 'jpeg'), 'folders': folders(c.lossless), 'parquet': parquet(c.lossless), 'rlds': rlds(c.lossless),
                'lerobot': lerobot('v3.0', c.video, lossless=c.lossless), 'lerobot_v21': lerobot('v2.1', c.video, lossless=c.lossless)}
     s = to.convert(open_source(c.data), c.out, to=formats[c.to])
-    print(f'wrote {s["written"]} of {s["episodes"]} episodes to {c.out}' + (f' (worst frame {s["psnr"]} dB)' if s['psnr'] else '') + f'\nnext: vla-nb doctor {c.out}')
+    print(f'wrote {s["written"]} of {s["episodes"]} episodes to {c.out}' + (f' (worst frame {s["psnr"]} dB)' if s['psnr'] else '') + f'\nnext: vla-nb doctor {quote(str(c.out))}')
 
 # %% ../nbs/04_cli.ipynb #6c28f634
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import sys, time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Literal
 
 import numpy as np, torch
@@ -113,4 +114,4 @@ def compare(c:Compare):
     p.once('train', lambda: train_runs(c.out, {k: [sys.executable, '-m', 'vla_nb.cli', 'train', *words] for k,(words,_) in todo.items()}, {k: n for k,(_,n) in todo.items()}, c.workers, NEEDS, spent))
     rows = {k: dict(p.once(k, partial(look, c, k)), cpu_s=cpu[k], steps=n) for k,(_,n) in todo.items()}
     at = write_json(c.out/'compare.json', dict(policies=rows, suite=c.suite, demonstrations=tasks*c.sizes()[0], layouts=c.sizes()[2], seed=c.seed, quick=c.quick, **where()))
-    print('\n' + compare_table(rows) + f'\n\nwrote {at}\nnext: vla-nb eval {c.out}/{c.policies[0]} --suite {c.suite} --report outputs/eval.html')
+    print('\n' + compare_table(rows) + f'\n\nwrote {at}\nnext: vla-nb eval {quote(str(c.out/c.policies[0]))} --suite {c.suite} --report outputs/eval.html')

@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 import numpy as np, torch
 from tqdm.auto import tqdm
@@ -115,7 +116,7 @@ def read_fast(
     "Read a tokenizer; ValueError where it is for other chunks"
     path = Path(path)
     if path.is_dir(): fast = load_fast(path) if any_size is False and (path/'fast.json').exists() else load_fast(path, horizon, dims)
-    elif not path.exists(): raise FileNotFoundError(f'{path}: expected an action tokenizer, found nothing; make one: vla-nb fast-fit DATA --out {path}')
+    elif not path.exists(): raise FileNotFoundError(f'{path}: expected an action tokenizer, found nothing; make one: vla-nb fast-fit DATA --out {quote(str(path))}')
     else:
         try: fast = fast_from_config(json.loads(path.read_text())['fast'])
         except (ValueError, KeyError, TypeError): raise ValueError(f'{path}: fast: expected what vla-nb fast-fit writes, found something else') from None
@@ -150,4 +151,4 @@ def fast_fit(c:FastFit)->None:
     print(report_table(m))
     with atomic_path(c.out.with_suffix('.png')) as tmp: report_figure(m).savefig(tmp, format='png', metadata={'Software': None})
     write_json(c.out, dict(fast=fast_to_config(fast), report=dict(m, held_out=len(held_out) > 0, adapted=c.adapt and c.adapt.name, data=windows.source.fingerprint), made=where()))
-    print(f'wrote {c.out} and {c.out.with_suffix(".png")}\nnext: vla-nb train --policy pi05 --data {c.data} --fast {c.out} --model.horizon {c.horizon} --out outputs/run')
+    print(f'wrote {c.out} and {c.out.with_suffix(".png")}\nnext: vla-nb train --policy pi05 --data {quote(str(c.data))} --fast {quote(str(c.out))} --model.horizon {c.horizon} --out outputs/run')

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, make_dataclass, replace
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
@@ -169,7 +170,7 @@ def train(c:Train):
         s = run(policy, make_loader, c.train, c.out, val, resume=c.resume, run=json.loads(json.dumps(asdict(c), default=str)))
     if int(os.environ.get('RANK', 0)): return
     print(f'wrote {s["checkpoint"]} after {s["steps"]} steps: loss {s["loss"]:.4f}' + (f', held-out {s["val/loss"]:.4f}' if 'val/loss' in s else ''))
-    print(f'next: vla-nb eval {c.out}')
+    print(f'next: vla-nb eval {quote(str(c.out))}')
 
 # %% ../nbs/03_run.ipynb #4a2466ec
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ def eval_(c:Eval):
     print(success_table(rows))
     if c.out: print(f'wrote {write_json(c.out, {k: s.dict() for k,s in rows.items()})}')
     if c.report: print(f'wrote {film_report(c, rows, got)}')
-    print(f'next: open {c.report} in a browser' if c.report else f'next: films and a page of it: vla-nb eval {c.policy} --suite {c.suite} --report outputs/eval.html')
+    print(f'next: open {c.report} in a browser' if c.report else f'next: films and a page of it: vla-nb eval {quote(str(c.policy))} --suite {c.suite} --report outputs/eval.html')
 
 def film_report(c:Eval, rows, got)->Path: # The HTML file
     "Films of the first episodes, and the table, as one page"
@@ -246,7 +247,7 @@ def film_report(c:Eval, rows, got)->Path: # The HTML file
             films[told] = write_gif(c.report.with_suffix('')/f'{name}-{i}.gif', e.frames, fps=10)
     first = list(rows)[:list(rows).index('all')]
     return write_report(c.report, dict(success={k: rows[k].dict() for k in first}, ablations={k: s.dict() for k,s in rows.items() if k not in (*first, 'all')}),
-        films, settings={k: str(v) for k,v in asdict(c).items()}, title=f'{c.policy}: {c.suite}', chance=1/len(first), commands=[f'vla-nb eval {c.policy} --seed 200000'])
+        films, settings={k: str(v) for k,v in asdict(c).items()}, title=f'{c.policy}: {c.suite}', chance=1/len(first), commands=[f'vla-nb eval {quote(str(c.policy))} --seed 200000'])
 
 # %% ../nbs/03_run.ipynb #c4380360
 @dataclass(frozen=True)
@@ -263,4 +264,4 @@ def export(c:Export):
     other = next((f for kind,f in ((Pi05, export_policy), (OpenVLA, export_openvla)) if isinstance(policy, kind)), export_released)
     where = policy.save_pretrained(c.out) if c.layout == 'vla_nb' else other(policy, c.out, c.layout)
     print(f'wrote {where}, from a policy of {sum(p.numel() for p in policy.parameters())/1e6:.1f} million weights')
-    print(f'next: vla-nb eval {where}' if c.layout == 'vla_nb' else 'next: load it where that layout is known, or start from it: vla-nb train --help, see --init')
+    print(f'next: vla-nb eval {quote(str(where))}' if c.layout == 'vla_nb' else 'next: load it where that layout is known, or start from it: vla-nb train --help, see --init')
