@@ -1,11 +1,13 @@
 "The energy and its contrast, beyond their pages: two processes are one with the joined batch, and what is wrong is refused"
 import math, subprocess, sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from vla_nb.core import masked_mean
 from vla_nb.heads.energy import Energy, bounded_floor
 from vla_nb.objectives.info_nce import (energy_inbatch_swap_infonce, energy_loss, gather, gradient_field, info_nce, local_negatives,
     same_chunk, same_moment)
@@ -26,30 +28,36 @@ def batch(n=12, t=4, dims=3):
             torch.arange(n), torch.arange(n)//4, torch.arange(n) % 4)
 
 
+cut = torch.tensor([1, 2, 1, 3, 1, 2, 4, 4, 3, 4, 4, 4])[:,None] > torch.arange(4)    # real steps: 10 of the first six rows, 23 of the others
+
+
 def losses(net, rows):
-    "Both losses of some rows, whole: local negatives, gradient field, anchor, false negatives left out"
+    "Both losses of some rows, whole: local negatives, gradient field, anchor, false negatives left out, ends of episodes not learnt"
     h, a, hidden, seed, episode, step = (x[rows] for x in batch())
-    ctx = net.contexts(h, hidden)
+    ctx, valid = net.contexts(h, hidden), cut[rows]
     apart = same_moment(episode, step, gather(episode)[0], gather(step)[0], 2)
-    full,c = energy_loss(lambda x, twice=False: net.score(ctx, x, twice=twice), a, seed, negatives=3, exclude=apart, switches=(2,))
-    return full.mean() + energy_inbatch_swap_infonce(net, h, a, hidden)[0], c
+    each,c = energy_loss(partial(net.score, ctx), a, seed, negatives=3, exclude=apart, switches=(2,), valid=valid)
+    full,n = masked_mean(each[:,None].expand(valid.shape), valid)
+    return full, energy_inbatch_swap_infonce(net, h, a, hidden)[0], n, c
 
 
 def found(rows):
     net = make()
-    loss,c = losses(net, rows)
-    loss.backward()
-    return dict(loss=loss.detach(), first=c.first, candidates=c.candidates, **{k: p.grad for k,p in net.named_parameters()})
+    full, published, n, c = losses(net, rows)
+    grads = {f'{of}/{k}': g for of,l in (('full', full), ('published', published)) for k,g in zip(dict(net.named_parameters()), torch.autograd.grad(l, net.parameters(), retain_graph=True), strict=True)}
+    said = {f'full/{k}': v for k,v in c.summary(cut[rows].sum(1)).items()}
+    return n, dict(published=published.detach(), first=c.first, candidates=c.candidates, **{'full/': full.detach()}, **said, **grads)
 
 
 def work(rank, out):    # one of two processes
     torch.distributed.init_process_group('gloo', init_method=f'file://{out}/meet', rank=rank, world_size=2)
-    mine = found(slice(6*rank, 6*rank+6))
+    n, mine = found(slice(6*rank, 6*rank+6))
+    share = n/sum(gather(n[None])[0])    # as the engines weight processes and micro-batches
     for k,v in mine.items():
         if k in ('first', 'candidates'): mine[k] = gather(v)[0]
         else:
+            v *= share if k.startswith('full/') else .5
             torch.distributed.all_reduce(v)
-            v /= 2
     if rank == 0: torch.save(mine, out/'found.pt')
     torch.distributed.destroy_process_group()
 
@@ -57,12 +65,29 @@ def work(rank, out):    # one of two processes
 def test_two_processes_are_one_with_the_joined_batch(tmp_path):
     both = [subprocess.Popen([sys.executable, __file__, str(r), str(tmp_path)], stderr=subprocess.PIPE, text=True) for r in (0, 1)]
     for p in both: assert p.wait(300) == 0, p.stderr.read()[-3000:]
-    two, one = torch.load(tmp_path/'found.pt', weights_only=True), found(slice(0, 12))
+    two, (n, one) = torch.load(tmp_path/'found.pt', weights_only=True), found(slice(0, 12))
     assert two.keys() == one.keys() and torch.equal(two['first'], one['first']) and torch.equal(two['candidates'], one['candidates'])
     assert one['candidates'].tolist() == [14, 13, 13, 14]*3, 'neighbours in time are no negatives'
     for k in one: torch.testing.assert_close(two[k].double(), one[k].double(), rtol=0, atol=1e-6)
-    alone = [found(slice(6*r, 6*r+6)) for r in (0, 1)]
-    assert abs((alone[0]['loss'] + alone[1]['loss'])/2 - one['loss']) > .1, 'without the gather it would have been another loss'
+    (n0, a), (n1, b) = (found(slice(6*r, 6*r+6)) for r in (0, 1))
+    assert (n0, n1, n) == (10, 23, 33), 'padding differs between the processes'
+    assert abs((n0*a['full/'] + n1*b['full/'])/n - one['full/']) > .1, 'without the gather it would have been another loss'
+
+
+def test_ends_of_episodes_are_not_learnt():
+    "What stands behind an end changes nothing for its own context, in value or gradient; and the length of a chunk does not tell the right one from the others"
+    h, a, hidden, seed, *_ = batch()
+    net, other = make(), torch.where(cut[...,None], a, 9.)
+    def of(a):
+        c = energy_loss(partial(net.score, net.contexts(h, hidden)), a, seed, 3, valid=cut, exclude=torch.ones(12, 12, dtype=torch.bool))[0]
+        return c, *torch.autograd.grad(c.sum(), net.parameters())
+    for x,y in zip(of(a), of(other), strict=True): torch.testing.assert_close(x, y, rtol=0, atol=2e-5)
+    same = a[:1].expand(12, -1, -1)    # all chunks alike, their lengths not: every energy of a row is the same
+    e = net.score(net.contexts(h, hidden), same[None], cut[:,None])
+    assert (e - e[:,:1]).abs().max() < 1e-6
+    whole = energy_loss(partial(net.score, net.contexts(h, hidden)), a, seed, 3)[0]
+    told = energy_loss(partial(net.score, net.contexts(h, hidden)), a, seed, 3, valid=torch.ones_like(cut))[0]
+    torch.testing.assert_close(whole, told, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize('form', forms)
@@ -195,11 +220,12 @@ def test_no_gradient_enters_the_contexts():
     assert h.grad is None
 
 
-if __name__ == '__main__': work(int(sys.argv[1]), Path(sys.argv[2]))
-
 def test_one_switched_neighbour_leaves_no_field():
     "Its only neighbour is the switched one, at which no slope is asked for: contrast alone"
     from vla_nb.objectives.info_nce import energy_loss
-    def score(a, twice=False): return a.square().mean((-2, -1)).expand(4, -1) if len(a) == 1 else a.square().mean((-2, -1))
+    def score(a, valid=None, twice=False): return a.square().mean((-2, -1)).expand(4, -1) if len(a) == 1 else a.square().mean((-2, -1))
     each,_ = energy_loss(score, torch.rand(4, 3, 2), torch.arange(4), negatives=1, switches=(1,))
     assert each.shape == (4,) and each.isfinite().all()
+
+
+if __name__ == '__main__': work(int(sys.argv[1]), Path(sys.argv[2]))

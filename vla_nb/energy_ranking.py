@@ -95,13 +95,14 @@ def fit_energy(
         opt = torch.optim.AdamW(e.parameters(), 2e-3, weight_decay=1e-3)
         rate = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, steps)
         for i,b in enumerate(draw(rows, batch, steps, seed)):
-            a = b['chunk'] if labels == 'own' else b['chunk'].roll(1, 0)
+            a, valid = (b[k] if labels == 'own' else b[k].roll(1, 0) for k in ('chunk', 'valid'))
             apart = same_moment(b['episode'], b['step'], b['episode'], b['step'], c.horizon)
-            own,_ = energy_loss(partial(e.score, e.contexts(b['h'].float(), ~b['seen'])), a, torch.arange(batch) + batch*i, exclude=apart, **loss)
-            opt.zero_grad(); own.mean().backward()
+            own,_ = energy_loss(partial(e.score, e.contexts(b['h'].float(), ~b['seen'])), a, torch.arange(batch) + batch*i, exclude=apart, valid=valid, **loss)
+            opt.zero_grad(); masked_mean(own[:,None].expand(valid.shape), valid)[0].backward()
             nn.utils.clip_grad_norm_(e.parameters(), 1.)
             opt.step(); rate.step()
-    policy.bank.copy_(next(draw(rows, len(policy.bank), 1, seed))['chunk'])
+    shown = next(draw(rows, 8*len(policy.bank), 1, seed))    # some are cut by an episode's end, and not kept
+    policy.keep(shown['chunk'], shown['valid'])
     e.eval()
 
 # %% ../nbs/12_energy_ranking.ipynb #030edb01
@@ -113,11 +114,11 @@ def found_first(
     swapped:int = 31, seed:int = 0,
 )->float: # Share of frames; chance is 1/(swapped+1)
     "How often the energy of the true chunk is the least"
-    a, g, first = rows['chunk'], torch.Generator().manual_seed(seed), []
-    e = torch.cat([energy.score(energy.contexts(h.float(), ~s), a[None]) for h,s in zip(rows['h'].split(64), rows['seen'].split(64))])
-    far = (torch.cdist(a.flatten(1), a.flatten(1), p=1) >= apart*a[0].numel()) & (rows['episode'][:,None] != rows['episode'])
+    a, real, g, first = rows['chunk'], rows['valid'], torch.Generator().manual_seed(seed), []
+    e = torch.cat([energy.score(energy.contexts(h.float(), ~s), a[None], v[:,None]) for h,s,v in zip(*(rows[k].split(64) for k in ('h', 'seen', 'valid')))])
     for i in range(len(a)):
-        others = far[i].nonzero()[:,0]
+        far = (a-a[i])[:,real[i]].abs().mean((1, 2)) >= apart
+        others = (far & (rows['episode'] != rows['episode'][i])).nonzero()[:,0]
         others = others[torch.randperm(len(others), generator=g)[:swapped]]
         first.append(len(others) == swapped and bool(e[i,i] < e[i,others].min()))
     return sum(first)/len(first)

@@ -68,7 +68,7 @@ def encode_actions(self:Energy, a:Float[Tensor, "... t a"])->Float[Tensor, "... 
     cos,sin = sinusoid(torch.arange(a.shape[-2], device=a.device), self.cross.embed_dim).chunk(2, -1)
     return self.dropout(self.action_linear(a) + rearrange([sin, cos], 'k t d -> t (d k)').to(a.dtype))
 
-def _read(self:Energy, z, valid): # (b n t d) and (c n t), or None
+def _read(self:Energy, z, valid): # (b n t d), and what broadcasts to (b n t) or None
     w = None if valid is None else (valid/valid.sum(-1, keepdim=True).clamp(min=1))[...,None].to(z.dtype)
     mean = lambda x: x.mean(-2) if w is None else (x*w).sum(-2)
     f = self.prediction_head(z if self.per_step else mean(z)).float()
@@ -81,7 +81,7 @@ Energy.contexts, Energy.encode_actions, Energy._read = contexts, encode_actions,
 def score(self:Energy,
     ctx:Contexts, # From `contexts`
     a:Float[Tensor, "c n t a"], # Normalised chunks: n for each context, or c = 1: the same for all
-    valid:Bool[Tensor, "c n t"]|None = None, # True on real steps
+    valid:Bool[Tensor, "#b #n t"]|None = None, # True on the steps that count, for each context, or chunk, or both; None: all do
     twice:bool = False, # The result will be differentiated twice
 )->Float[Tensor, "b n"]:
     "The energy of chunks"

@@ -50,12 +50,15 @@ def info_nce(
     first = (positive[:,None].float() < torch.cat([swap, near], 1).float().masked_fill(~wrong, torch.inf)).all(1)
     return Contrast(logits.logsumexp(1) + (positive/tau).float(), positive, others, first, n+1, entropy.exp()*(n > 0))
 
-def summary(self:Contrast)->dict[str, Tensor]: # Scalars, without gradients
+def summary(self:Contrast,
+    weight:Tensor|None = None, # (b) How much each context counts, as its real steps; None: all alike
+)->dict[str, Tensor]: # Scalars, without gradients
     "What to log: loss, energies, gap, how often the right one is first, log N, share of log N that is learnt, effective negatives"
-    loss, e_pos, e_neg = (x.detach().float().mean() for x in (self.loss, self.positive, self.negative))
-    chance = self.candidates.float().log().mean()
-    return dict(loss=loss, e_pos=e_pos, e_neg=e_neg, gap=e_neg-e_pos, top1=self.first.float().mean(), chance=chance,
-        learnt=1 - loss/chance.clamp(min=1e-9), effective=self.effective.mean())
+    w = torch.ones_like(self.candidates) if weight is None else weight
+    chance = self.candidates.float().log()
+    each = dict(loss=self.loss, e_pos=self.positive, e_neg=self.negative, gap=self.negative-self.positive, top1=self.first, chance=chance,
+        learnt=1 - self.loss/torch.where(chance > 0, chance, torch.inf), effective=self.effective)
+    return {k: (x.detach().float()*w).sum()/w.sum().clamp(min=1e-9) for k,x in each.items()}
 
 Contrast.summary = summary
 
@@ -122,17 +125,19 @@ def gradient_field(
     score:Callable, # `score(a (b n t a)) -> (b n)`, differentiable twice
     a:Float[Tensor, "b t a"], # The expert's chunks
     near:Float[Tensor, "b n t a"], # Disturbed ones
-    k:float = 1., # Steepness of the bowl
+    k:float|Float[Tensor, "b"] = 1., # Steepness of the bowl
     sigma:float = 1., # Size of the disturbance
-)->Float[Tensor, "b"]: # Mean over negatives, steps and dimensions
+    valid:Bool[Tensor, "b t"]|None = None, # True on real steps; None: all are
+)->Float[Tensor, "b"]: # Mean over negatives, real steps and dimensions
     "How far the energy's gradient is from that of a bowl"
     near = near.detach().requires_grad_()
     slope, = torch.autograd.grad(score(near).sum(), near, create_graph=True)
-    return ((slope/k - (near.detach() - a[:,None]))/sigma).square().mean((1, 2, 3))
+    off = ((slope/torch.as_tensor(k, device=a.device).reshape(-1, 1, 1, 1) - (near.detach() - a[:,None]))/sigma).square().mean((1, 3))
+    return off.mean(1) if valid is None else (off*valid).sum(1)/valid.sum(1).clamp(min=1)
 
 # %% ../../nbs/objectives/06_info_nce.ipynb #2ca27c04
 def energy_loss(
-    score:Callable, # `score(a (c n t a), twice=bool) -> (b n)`; c is 1 where all contexts get the same chunks
+    score:Callable, # `score(a (c n t a), valid (b 1 t) or None, twice=bool) -> (b n)`; c is 1 where all contexts get the same chunks
     a:Float[Tensor, "b t a"], # Normalised chunks of the expert
     seed:Int[Tensor, "b"], # Each sample's own randomness
     negatives:int = 8, # Neighbours of each (0: none, as published)
@@ -143,13 +148,16 @@ def energy_loss(
     rise:float = 3., # How much higher a neighbour at `sigma` shall lie, which sets the bowl's steepness; some units of `tau`
     anchor:float = 1e-3, # Weight of the squared energy of right chunks
     exclude:Bool[Tensor, "b m"]|None = None, # As in `info_nce`
+    valid:Bool[Tensor, "b t"]|None = None, # True on real steps; what is behind an episode's end is not learnt. None: all are
 )->tuple[Tensor, Contrast]: # Loss of each context (b); what to log
     "Contrast with the batch and with neighbours, a slope, and an anchor"
-    chunks, first = gather(a)
+    (chunks, first), real = gather(a), None if valid is None else valid[:,None]
     spread = sigma*2**torch.linspace(-1.5, 1.5, negatives, device=a.device)
     near = local_negatives(a, seed, negatives, spread, switches) if negatives else None
     at = torch.arange(len(a), device=a.device)+first
-    c = info_nce(score(chunks[None]), at, None if near is None else score(near), tau, exclude)
+    c = info_nce(score(chunks[None], real), at, None if near is None else score(near, real), tau, exclude)
     loss = c.loss + anchor*c.positive.float().square()
-    if field and negatives > bool(switches): loss = loss + field*gradient_field(lambda x: score(x, twice=True), a, near[:,bool(switches):], 2*rise/(a[0].numel()*sigma**2), sigma)
+    if field and negatives > bool(switches):
+        numbers = a.shape[2]*(a.shape[1] if valid is None else valid.sum(1).clamp(min=1))
+        loss = loss + field*gradient_field(lambda x: score(x, real, twice=True), a, near[:,bool(switches):], 2*rise/(numbers*sigma**2), sigma, valid)
     return loss, c
