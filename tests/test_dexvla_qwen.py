@@ -19,11 +19,8 @@ from vla_nb.layers.film import answer_masks
 from vla_nb.policies.dexvla_config import DexVLAQwenConfig, part_of, qwen2vl_2b
 from vla_nb.policies.dexvla_qwen import DexVLAQwen
 from vla_nb.policies.divla_tinyvla import DiVLAQwen, DiVLAQwenConfig, TinyVLAQwen, TinyVLAQwenConfig, divla_2b, tinyvla_2b
-from vla_nb.train.checkpoint import latest
 from vla_nb.train.config import TrainConfig, load_config, parse_config
-from vla_nb.train.loop import train
 from vla_nb.train.optim import build_optimizer, check_groups
-from vla_nb.train.track import read_log
 
 torch.set_num_threads(1)
 small = dict(cameras=2, width=64, depth=1, mlp=64, vision_width=32, vision_depth=1, vision_heads=2, min_pixels=256, combine_width=32, max_new_tokens=24)
@@ -345,20 +342,9 @@ def test_full_size_on_the_meta_device(data, stats, cls, config, head):
 # --- trained by the house's loop
 
 @pytest.mark.parametrize('kw', [dict(swap_instruction=.5), dict(lora_rank=2, lora_dropout=.1)], ids=['full', 'lora'])
-def test_a_run_goes_on_where_it_stopped(data, stats, tmp_path, kw):
-    def run(out, stops):
-        for i, stop in enumerate(stops):
-            p = make(data, stats, **kw)
-            batch = p.prepare(data)
-            loader = lambda start, rank, world: (Batch({**batch, 'seed': batch['seed']+100*k}) for k in range(start, 4))
-            cfg = TrainConfig(steps=4, batch_size=5, lr=1e-3, warmup=1, ema=.9, save_every=1, eval_every=0, log_every=1, cpu=True, progress=False)
-            if stop < 4:
-                with pytest.raises(ValueError, match='loader: ended'): train(p, lambda *a: (b for b, _ in zip(loader(*a), range(stop))), cfg, out, resume=i > 0)
-            else: train(p, loader, cfg, out, [batch], resume=i > 0)
-        return DexVLAQwen.from_pretrained(latest(out)), read_log(out/'log.jsonl')[-1]
-    (a, x), (b, y) = run(tmp_path/'a', [4]), run(tmp_path/'b', [2, 4])
-    assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items()) and x['val/llm'] == y['val/llm']
-    assert {'loss/action', 'loss/llm', 'loss/guide', 'val/action'} <= set(x)
+def test_a_run_goes_on_where_it_stopped(data, stats, assert_resumes, kw):
+    _,row = assert_resumes(lambda: make(data, stats, **kw), lambda p, k: Batch({**(b := p.prepare(data)), 'seed': b['seed']+100*k}))
+    assert {'loss/action', 'loss/llm', 'loss/guide', 'val/action'} <= set(row)
 
 
 def test_receding_horizon_does_not_depend_on_how_many_robots(data, stats):

@@ -17,10 +17,7 @@ from vla_nb.policies.paligemma_config import PaliGemmaVLAConfig, paligemma_3b, t
 from vla_nb.policies.paligemma_vla import PaliGemmaVLA
 from vla_nb.policies.paligemma_weights import paligemma_weights
 from vla_nb.text.pi_prompt import small_gemma_tokenizer
-from vla_nb.train.checkpoint import latest
 from vla_nb.train.config import TrainConfig, load_config, read_settings
-from vla_nb.train.loop import train
-from vla_nb.train.track import read_log
 
 torch.set_num_threads(1)
 root = Path(__file__).resolve().parent.parent
@@ -328,20 +325,9 @@ def test_other_language_models_are_refused(data, stats, tmp_path):
 
 # --- the engine
 
-def test_a_run_goes_on_where_it_stopped(data, stats, tmp_path):
-    def run(out, stops):
-        for i, stop in enumerate(stops):
-            p = make(data, stats)
-            batch = p.prepare(data)
-            loader = lambda start, rank, world: (Batch({**batch, 'seed': batch['seed']+100*k}) for k in range(start, 4))
-            cfg = TrainConfig(steps=4, batch_size=5, lr=1e-3, warmup=1, ema=.9, save_every=1, eval_every=0, log_every=1, cpu=True, progress=False)
-            if stop < 4:
-                with pytest.raises(ValueError, match='loader: ended'): train(p, lambda *a: (b for b, _ in zip(loader(*a), range(stop))), cfg, out, resume=i > 0)
-            else: train(p, loader, cfg, out, [batch], resume=i > 0)
-        return PaliGemmaVLA.from_pretrained(latest(out)), read_log(out/'log.jsonl')[-1]
-    (a, x), (b, y) = run(tmp_path/'a', [4]), run(tmp_path/'b', [2, 4])
-    assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items()) and x['val/flow'] == y['val/flow']
-    assert {'loss/flow', 'loss/guide', 'val/flow', 'val/guide'} <= set(x)
+def test_a_run_goes_on_where_it_stopped(data, stats, assert_resumes):
+    _,row = assert_resumes(lambda: make(data, stats), lambda p, k: Batch({**(b := p.prepare(data)), 'seed': b['seed']+100*k}))
+    assert {'loss/flow', 'loss/guide', 'val/flow', 'val/guide'} <= set(row)
 
 
 def test_example_settings_are_ours():

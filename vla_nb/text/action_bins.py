@@ -9,12 +9,18 @@ __all__ = ['ActionBins', 'current_and_next', 'word_scores']
 
 # %% ../../nbs/text/05_action_bins.ipynb #7aea6102
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np, torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 # %% ../../nbs/text/05_action_bins.ipynb #e1259cb7
+@cache
+@torch.inference_mode(False)
+def _edges(bins, device): # Made once a device: copying them at every call would make it wait
+    return torch.from_numpy(np.linspace(-1, 1, bins)).to(device)    # torch's own differ in the last digit
+
 @dataclass(frozen=True)
 class ActionBins:
     "Numbers in [-1, 1] to token ids and back"
@@ -23,12 +29,13 @@ class ActionBins:
 
     @property
     def lowest(self)->int: return self.top - self.bins # The smallest action token
-    def edges(self, device=None): return torch.from_numpy(np.linspace(-1, 1, self.bins)).to(device)    # torch's own differ in the last digit
+    def edges(self, device=None): return _edges(self.bins, str(device or 'cpu'))
 
     def encode(self,
         action:Float[Tensor, "..."], # Normalised; what is beyond ±1 is clipped
     )->Int[Tensor, "..."]: # Token ids
-        "Numbers to words"
+        "Numbers to words. Raises ValueError for what is no number, on the CPU; on an accelerator, where looking would stall the step, it must be refused before"
+        if action.device.type == 'cpu' and action.isnan().any(): raise ValueError(f'action: expected numbers, found NaN at {action.isnan().nonzero()[0].tolist()}; it would be said as the lowest word; look for it with vla-nb doctor')
         return self.top - torch.bucketize(action.double().clamp(-1, 1), self.edges(action.device), right=True)
 
     def decode(self,
