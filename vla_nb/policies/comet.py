@@ -39,6 +39,7 @@ class ActionCodec:
     "Chunks as critics see them"
     norm:Normalizer # The frozen policy's
     steps:int # Of a chunk that are judged
+    reach:float|int = 1. # How far critics see, in half recorded ranges
 
     def __call__(self, chunks:Float[Tensor, "... t a"])->Float[Tensor, "... d"]: # In robot units; flattened, in [-1, 1]
         return self._normed(chunks).clamp(-1, 1).flatten(-2)
@@ -47,7 +48,7 @@ class ActionCodec:
         "Share of a chunk's numbers that the codec clips"
         return (self._normed(chunks).abs() > 1).float().mean((-2, -1))
 
-    def _normed(self, chunks): return self.norm.to(chunks.device)(chunks[...,:self.steps,:])
+    def _normed(self, chunks): return self.norm.to(chunks.device)(chunks[...,:self.steps,:])/self.reach
 
 # %% ../../nbs/policies/14_comet.ipynb #8f44b05d
 FROZEN = {p.name: p for p in (Pi05, Pi05Flat, Pi05Expert)} # Policies that act by flow
@@ -62,7 +63,7 @@ class Comet(Policy):
         self._take(FROZEN[config.mode](config.pi, stats, tokenizer))
 
     def _take(self, base, value=None): # A frozen policy; a head for it, or None: a new one
-        self.base, self.codec = base.requires_grad_(False).eval(), ActionCodec(base.action_norm, self.config.steps)
+        self.base, self.codec = base.requires_grad_(False).eval(), ActionCodec(base.action_norm, self.config.steps, self.config.reach)
         self.value = value or ValueHead(base.config.width, self.config.steps*base.action_dim, len(base.stats['state']['mean']), self.config)
 
     @classmethod
@@ -134,17 +135,17 @@ def windows(self:Comet, windows, cache:FeatureCache|None=None)->ValueWindows: # 
 Comet.look, Comet._thought, Comet.features, Comet.windows = look, _thought, features, windows
 
 # %% ../../nbs/policies/14_comet.ipynb #3d87bcf9
-def _words(self:Comet, told, state): # Texts; normalised (b p)
+def _words(self:Comet, told, state, k=''): # Texts; normalised (b p); a prefix of names
+    if self.config.reads == 'thought': return {}
     row = self.base.words.batch([high_prompt(t, w) for t,w in zip(told, state_words(state))], longest=self.base.config.max_words)
-    return row['ids'], row['part'] > 0
+    return {f'{k}ids': row['ids'], f'{k}words': row['part'] > 0}
 
 def prepare(self:Comet, samples:Samples)->Batch: # `ValueSamples`
     if not isinstance(samples, ValueSamples): raise ValueError('samples: expected rewards and next observations, found plain windows; cut them with policy.windows(...)')
     batch = Batch(seed=samples.seed, action=self.codec(samples.action), outside=self.codec.outside(samples.action), **{k: getattr(samples, k) for k in ('reward', 'discount', 'mask', 'mc_return')})
     for k,obs,f in (('', samples, samples.features), ('next_', samples.next_obs, samples.next_features)):
         state = self.base.state_norm(obs.state)
-        ids,words = self._words(obs.instruction, state)
-        batch.update({f'{k}told': obs.instruction, f'{k}ids': ids, f'{k}words': words, f'{k}state': state, f'{k}seen': samples.there if f is None else torch.ones(f.shape[:2], dtype=torch.bool), f'{k}{"images" if f is None else "features"}': obs.images if f is None else f})
+        batch.update(self._words(obs.instruction, state, k) | {f'{k}told': obs.instruction, f'{k}state': state, f'{k}seen': samples.there if f is None else torch.ones(f.shape[:2], dtype=torch.bool), f'{k}{"images" if f is None else "features"}': obs.images if f is None else f})
     return batch
 
 # %% ../../nbs/policies/14_comet.ipynb #b8d5407c
@@ -179,8 +180,7 @@ def rank(self:Comet,
     "Propose, and judge"
     chunks,text = self.base.candidates(obs, n or self.config.candidates, generator, seed, reasoning, among)
     state = self.base.state_norm(obs.state.cpu())
-    ids,words = self._words(obs.instruction, state)
-    b = Batch(images=obs.images, told=obs.instruction, ids=ids, words=words, state=state, seen=obs.there).to(self.device)
+    b = Batch(images=obs.images, told=obs.instruction, **self._words(obs.instruction, state), state=state, seen=obs.there).to(self.device)
     return Ranked(chunks, self.value.values(self._tokens(b), self.codec(chunks)), text)
 
 def act(self:Comet, obs:Observation, generator:torch.Generator|None=None, seed:Int[Tensor, "b"]|None=None, reasoning:list[str]|None=None, among:list[str]|None=None)->Actions: # As `rank`

@@ -23,6 +23,7 @@ class CometConfig(ValueSettings):
     pi:Pi05Config = Pi05Config(sample_steps=10) # The frozen policy; with one Euler step its proposals hardly differ
     mode:str = 'pi05' # The frozen policy's name
     reads:str = 'tokens' # What the value reads: tokens, that enter the frozen language model, or thought, the one hidden state from which it goes on to speak
+    reach:float = 1. # How far the critics see, in half recorded ranges: what a noisy policy does beyond looks all alike
     cameras:int = 1 # Camera images in an observation
     candidates:int = 8 # Chunks that the frozen policy proposes; the first is its own answer
 
@@ -31,6 +32,7 @@ class CometConfig(ValueSettings):
         check_value(self)
         if self.chunk > self.horizon: raise ValueError(f'chunk: expected at most horizon={self.horizon}, found {self.chunk}')
         if self.reads not in ('tokens', 'thought') or self.reads == 'thought' and self.mode == 'pi05_expert': raise ValueError(f'reads: expected tokens, or of a policy that is not pi05_expert thought, found {self.reads!r} of {self.mode}')
+        if self.reach < 1: raise ValueError(f'reach: expected at least 1, the recorded range, found {self.reach}')
         if self.candidates < 1: raise ValueError(f'candidates: expected at least 1, found {self.candidates}')
 
     @property
