@@ -190,6 +190,6 @@ def test_corl_form():
     torch.testing.assert_close(torch.stack([h.weight.norm() for h in critics.heads]), torch.full((2,), 2**.5))
     torch.testing.assert_close(actor.spread(torch.tensor([-50., 0., 50.])), torch.tensor([-20., -1., 2.]))
     assert temperature() == 1 and isinstance(Agent(hume).temperature, Temperature)
-    stack = Stack(runs_of('Cal-QL', (0, 1)), width=16)
+    stack = Stack(runs_of('Cal-QL', (0, 1)), build=corl, width=16)
     train(stack, Memory(record(10, 0), stack), 3, show=False)
     assert (stack.trained['actor.spread.slope'] != 1).all() and (stack.trained['temperature.log'] != 0).all()
