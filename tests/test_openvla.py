@@ -144,6 +144,8 @@ def test_a_run_with_all_its_files(tmp_path, film):
     for k in names:
         a,b = lora[k]['A'].flatten(1), lora[k]['B'].flatten(1)
         assert torch.allclose(now[k if k in now else wrap(k)], w[k] + .5*(b@a).view(w[k].shape), atol=1e-6), k
+    write_json(run/'lora_adapter'/'adapter_config.json', dict(r=4, lora_alpha=2, use_rslora=True))    # its scale would be alpha/sqrt(r)
+    with pytest.raises(ValueError, match='adapter_config.json: use_rslora: expected none, found True; .* merge it with peft first'): IO.read_openvla(run, tmp_path/'base')
 
 
 def test_merging_twice_and_strange_files_are_refused(tmp_path):
@@ -171,15 +173,18 @@ def test_strict_loading_changes_nothing_when_it_fails():
     assert torch.allclose(told.look(x, torch.randn(1, 32)), a.look(x), atol=1e-5)
 
 
-def test_lora_stands_where_a_gradient_comes():
+@pytest.mark.parametrize('words', [False, True])
+def test_lora_stands_where_a_gradient_comes(words):
     torch.manual_seed(0)
     m = small()
-    attach(m, IO.lora_targets(m), 2, 1)
+    attach(m, IO.lora_targets(m, words), 2, 1)
     x = two_views(torch.randint(0, 256, (1, 1, 3, 16, 16), dtype=torch.uint8))
     slots = torch.tensor([[False, False, True, True, False]])
     for k,p in m.named_parameters():
         if 'lora_B' in k: nn.init.normal_(p)
-    before_slots(m(m.embed(torch.arange(5)[None], slots), torch.ones_like(slots), m.look(x)), slots).square().sum().backward()
+    hidden = m(m.embed(torch.arange(5)[None], slots), torch.ones_like(slots), m.look(x))
+    (m.fill_slots(hidden, slots) if words else before_slots(hidden, slots)).square().sum().backward()
+    assert any('lm_head' in k for k,_ in m.named_parameters() if is_lora(k)) == words
     silent = [k for k,p in m.named_parameters() if is_lora(k) and (p.grad is None or not p.grad.any())]
     assert not silent and all(p.grad is None for k,p in m.named_parameters() if not is_lora(k))
 
@@ -348,23 +353,9 @@ def test_a_recorded_run_acts_as_it_did(whole, tmp_path, data):
     assert torch.allclose(policy.action_norm.inverse(said[at]).double(), whole['predict_l1']['actions'], atol=1e-4)
 
 
-def test_a_run_goes_on_where_it_stopped(data, stats, tmp_path):
+def test_a_run_goes_on_where_it_stopped(data, stats, assert_resumes):
     from vla_nb.core import Batch
-    from vla_nb.train.checkpoint import latest
-    from vla_nb.train.config import TrainConfig
-    from vla_nb.train.loop import train
-    def run(out, stops):
-        for i,stop in enumerate(stops):
-            p = make(data, stats)
-            batch = p.prepare(data)
-            loader = lambda start, rank, world: (Batch({**batch, 'seed': batch['seed']+100*k}) for k in range(start, 4))
-            cfg = TrainConfig(steps=4, batch_size=4, lr=1e-3, warmup=1, ema=.9, save_every=1, eval_every=0, log_every=1, cpu=True, progress=False)
-            if stop < 4:
-                with pytest.raises(ValueError, match='loader: ended'): train(p, lambda *a: (b for b,_ in zip(loader(*a), range(stop))), cfg, out, resume=i > 0)
-            else: train(p, loader, cfg, out, [batch], resume=i > 0)
-        return OpenVLA.from_pretrained(latest(out)).state_dict()
-    a, b = run(tmp_path/'a', [4]), run(tmp_path/'b', [2, 4])
-    assert all(torch.equal(v, b[k]) for k,v in a.items())
+    assert_resumes(lambda: make(data, stats), lambda p, k: Batch({**(b := p.prepare(data)), 'seed': b['seed']+100*k}))
 
 def test_released_units_are_the_originals():
     "A small range stays small, a state beyond what was seen is cut off, and ALOHA's runs use extremes"
@@ -380,3 +371,21 @@ def test_states_before_slots_need_no_count():
     slots, hidden = torch.zeros(2, 7, dtype=torch.bool), torch.arange(2*10*3.).reshape(2, 10, 3)
     slots[0, 3:5] = slots[1, 4:6] = True
     assert torch.equal(before_slots(hidden, slots, 2), torch.stack([hidden[0, 5:7], hidden[1, 6:8]])) and torch.equal(before_slots(hidden, slots), before_slots(hidden, slots, 2))
+
+
+def test_lora_begins_as_published():
+    "Normal numbers of deviation 1/rank in the first matrix, zero in the second"
+    net = torch.nn.Sequential(nn.Linear(400, 300))
+    attach(net, ['0'], 8, 8, gaussian=True)
+    p = dict(net.named_parameters())
+    a = p['0.lora_A.default.weight']
+    assert abs(a.std().item()*8 - 1) < .05 and a.abs().max() > 3/8 and not p['0.lora_B.default.weight'].any()    # a uniform draw would end at sqrt(3) deviations
+
+
+@pytest.mark.parametrize('head', ['l1', 'discrete'])
+def test_a_policy_that_says_words_adapts_their_table(data, stats, head):
+    p = make(data, stats, head=head, lora_rank=2).train()
+    p.loss(p.prepare(data)).total.backward()
+    table = {k: q for k,q in p.named_parameters() if 'lm_head' in k and is_lora(k)}
+    assert len(table) == 2*(head == 'discrete') and all(q.grad is not None for q in table.values())
+    assert {k for g in p.groups() if g.trainable for k in g.params} >= set(table)

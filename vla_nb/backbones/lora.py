@@ -20,6 +20,7 @@ def attach(
     rank:int = 64, # Width of the product; DexVLA's adapter runs: 64
     alpha:float|int = 256, # The product is scaled by alpha/rank; DexVLA: 256
     dropout:float|int = 0., # Share of a layer's inputs that the product does not see; DexVLA: 0.05
+    gaussian:bool = False, # A begins as normal numbers of deviation 1/rank, as OpenVLA's; False: as Kaiming's uniform ones, peft's default
 )->list[str]: # Names of the new parameters
     "Put LoRA beside linear layers. Raises ValueError for a name that is no linear layer of the model (Hu et al. 2021)"
     from peft import LoraConfig, inject_adapter_in_model
@@ -27,7 +28,7 @@ def attach(
     if not names: raise ValueError('names: expected at least one linear layer to adapt, found none; choose vision, language or both')
     for k in names:
         if k not in linear: raise ValueError(f'names: {k!r} is no linear layer of the model; nearest: {get_close_matches(k, linear, 1) or "none"}')
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, bias='none', target_modules=list(names)), model)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, bias='none', init_lora_weights='gaussian' if gaussian else True, target_modules=list(names)), model)
     return [k for k,_ in model.named_parameters() if is_lora(k)]
 
 def is_lora(name:str)->bool: # Full name of a parameter

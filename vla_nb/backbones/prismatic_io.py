@@ -210,6 +210,7 @@ def read_openvla(
     parts = {k: read_component(f) for k,f in files.items()}
     settings = json.loads((whole/'config.json').read_text()).get('vla_nb', {}) if (whole/'config.json').exists() else {}
     how = json.loads(f.read_text()) if (f := folder/'lora_adapter'/'adapter_config.json').exists() else {}
+    if odd := [k for k in ('use_rslora', 'rank_pattern', 'alpha_pattern') if how.get(k)]: raise ValueError(f'{folder}/lora_adapter/adapter_config.json: {odd[0]}: expected none, found {how[odd[0]]}; one rank and one scale for all layers are read; merge it with peft first')
     def scale(lora): # alpha over rank; where nobody wrote it down, as OFT sets it
         rank = how.get('r') or min(len(v) for k,v in lora.items() if '.lora_A' in k)
         return how.get('lora_alpha', min(rank, 16))/rank
@@ -240,7 +241,10 @@ def write_openvla(
     write_json(Path(folder)/'config.json', dict(model_type='openvla', text_config=model.language_model.config.to_dict(), vla_nb=dict(heads=heads)))
     return Path(folder)
 
-def lora_targets(model:Prismatic)->list[str]: # For `backbones.lora.attach`
-    "Linear layers that get a gradient: eyes without their last blocks, projector, Llama; not the vocabulary"
+def lora_targets(
+    model:Prismatic,
+    words:bool = False, # Whether actions are said as words; otherwise the table of output words gets no gradient
+)->list[str]: # For `backbones.lora.attach`
+    "Linear layers that get a gradient: eyes without their last blocks, projector, Llama"
     last = (f'vision.dino.encoder.layer.{len(model.vision.dino.encoder.layer)-1}.', f'vision.siglip.encoder.layers.{len(model.vision.siglip.encoder.layers)-1}.', 'vision.siglip.head.')
-    return [k for k,m in model.named_modules() if isinstance(m, nn.Linear) and not k.startswith(last) and '_film.' not in k and 'lm_head' not in k]
+    return [k for k,m in model.named_modules() if isinstance(m, nn.Linear) and not k.startswith(last) and '_film.' not in k and (words or 'lm_head' not in k)]

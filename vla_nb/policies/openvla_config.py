@@ -97,7 +97,7 @@ def model_of(sizes:dict, film:bool)->Prismatic:
 def adapt(model:Prismatic, c:OpenVLAConfig)->Prismatic: # Changed in place
     "Put LoRA beside the layers that learn, if the settings ask for it; FiLM goes on learning in full"
     if not c.lora_rank: return model
-    attach(model, lora_targets(model), c.lora_rank, c.lora_alpha, c.lora_dropout)
+    attach(model, lora_targets(model, c.head == 'discrete'), c.lora_rank, c.lora_alpha, c.lora_dropout, gaussian=True)
     for films in (model.vision.dino_film, model.vision.siglip_film):
         if films: films.requires_grad_(True)
     return model
