@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .backbones.paligemma import word_loss
 from .core import Losses
-from .heads.flow_expert import Prefix
+from .heads.flow_expert import Prefix, Velocity
 from .layers.gemma import as_bias, block_mask, positions_of, rope, turns
 from .objectives.flow_matching import euler_sample
 from .objectives.hierarchical import flow_mask, masked_flow, next_words, targets
@@ -164,7 +164,7 @@ def read(pi, c): # Hidden states where words are asked; what the expert reads
 def velocity_of(pi, prefix, c): # -> (x, tau) -> velocity
     "What the expert makes of noise, given a prefix; π0 hears the state besides"
     more = () if pi.size.pi05 else (c['state'],)
-    return lambda x, tau: pi.expert(x, tau, prefix, *more)
+    return Velocity(pi.expert, prefix, *more)
 
 def split_loss(pi, c, frozen=False, draws=1)->Losses: # Model, batch, language model at rest, noises a sample
     "A training step's loss with the prompt read once"

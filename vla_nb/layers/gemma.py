@@ -6,7 +6,7 @@ Docs: https://example.github.io/vla_nb/layers/gemma.html.md"""
 
 # %% auto #0
 __all__ = ['rms', 'RMSNorm', 'AdaRMSNorm', 'turns', 'rope', 'block_mask', 'positions_of', 'GemmaAttention', 'Gated', 'GeGLU',
-           'GemmaLayer', 'as_bias', 'Gemma']
+           'GemmaLayer', 'as_bias', 'Gemma', 'modulations']
 
 # %% ../../nbs/layers/05_gemma.ipynb #5714b30f
 import torch, torch.nn.functional as F
@@ -46,9 +46,9 @@ class AdaRMSNorm(nn.Module):
 
     def forward(self,
         x:Float[Tensor, "b s d"], # Features
-        cond:Float[Tensor, "b *s c"], # One condition a sample, or one a token
+        cond:Float[Tensor, "b *s c"]|dict, # One condition a sample, or one a token; or what `Gemma.modulations` made of it
     )->tuple[Tensor, Tensor]: # Normalised; the gate
-        m = self.dense(cond.to(self.dense.weight.dtype))
+        m = cond[self] if isinstance(cond, dict) else self.dense(cond.to(self.dense.weight.dtype))
         scale,shift,gate = (m if m.ndim == 3 else m[:,None]).chunk(3, -1)
         return (rms(x)*(1+scale.float()) + shift.float()).to(x.dtype), gate.to(x.dtype)
 
@@ -161,11 +161,12 @@ class GemmaLayer(nn.Module):
         h,gate = self.post_attention_layernorm(x, cond)
         return x + self.mlp(h)*gate, kv
 
-# %% ../../nbs/layers/05_gemma.ipynb #ee1f3165
+# %% ../../nbs/layers/05_gemma.ipynb #c9f91f03
 def as_bias(mask:Bool[Tensor, "b s n"], dtype:torch.dtype)->Float[Tensor, "b 1 s n"]: # 0 where True; minus infinity elsewhere
     "What is added to the scores, made once for all layers"
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)[:,None]
 
+# %% ../../nbs/layers/05_gemma.ipynb #6a129d57
 class Gemma(nn.Module):
     "A stack of layers with a final norm; no embedding and no vocabulary"
     def __init__(self,
@@ -189,7 +190,11 @@ class Gemma(nn.Module):
         cond:Tensor|None = None, # Condition of adaRMS, (b c) or (b s c)
         tail:int|None = None, # Of so many last tokens hidden states are wanted, without `cond`; None: of all
     )->tuple[Tensor, list]: # Hidden states after the final norm; keys and values of each layer, past and own
-        turn, see, kvs, past = turns(positions, self.head_dim), as_bias(mask, x.dtype), [], list(past or [None]*len(self.layers))
+        return self.run(x, turns(positions, self.head_dim), as_bias(mask, x.dtype), past, cond, tail)
+
+    def run(self, x, turn, see, past=None, cond=None, tail=None): # As `forward`, after `turns` and `as_bias`
+        "The pass itself, for who makes places and mask once for several passes"
+        kvs, past = [], list(past or [None]*len(self.layers))
         for i,layer in enumerate(self.layers):
             if tail is not None and i+1 == len(past): x,turn,see,past[i] = self._split(x, turn, see, past[i], x.shape[1]-tail)
             x,kv = layer(x, turn, see, past[i], cond)
@@ -210,3 +215,12 @@ class Gemma(nn.Module):
             x,kv = layer(x, turn, see)
             kvs.append(kv)
         return [*kvs, self._last_keys(x, turn)]
+
+# %% ../../nbs/layers/05_gemma.ipynb #3db75687
+def modulations(self:Gemma, cond:Float[Tensor, "n c"])->list[dict]: # Conditions -> for each, what stands for it as `cond`
+    "What adaRMS makes of several conditions at once"
+    norms = [*(n for l in self.layers for n in (l.input_layernorm, l.post_attention_layernorm)), self.norm]
+    made = [n.dense(cond.to(n.dense.weight.dtype)).split(1) for n in norms]
+    return [dict(zip(norms, one)) for one in zip(*made)]
+
+Gemma.modulations = modulations

@@ -6,7 +6,7 @@ Docs: https://example.github.io/vla_nb/objectives/flow_matching.html.md"""
 
 # %% auto #0
 __all__ = ['uniform_time', 'beta_time', 'shifted_time', 'draw_times', 'flow_loss', 'uniform_noise', 'even_times',
-           'released_times', 'euler_path', 'euler_sample', 'heun_path', 'heun_sample']
+           'released_times', 'at_times', 'euler_path', 'euler_sample', 'heun_path', 'heun_sample']
 
 # %% ../../nbs/objectives/01_flow_matching.ipynb #911758c4
 from collections.abc import Callable, Iterator
@@ -83,6 +83,10 @@ def released_times(steps:int)->Float[Tensor, "n"]: # How many
     for _ in range(steps-1): t.append(t[-1] - torch.tensor(1/steps))    # `cumsum` would add in fp64
     return torch.stack(t)
 
+def at_times(model, times, x): # (n), (b t a)
+    "A model at each of these times, as functions of x; one that has `at` makes them itself, with what they share made once"
+    return model.at(times, x) if hasattr(model, 'at') else [lambda x, tau=tau: model(x, tau.expand(len(x))) for tau in times]
+
 def euler_path(
     model:Callable, # `model(x (b t a), tau (b))` -> velocity
     noise:Float[Tensor, "b t a"], # Where to start, at τ = 1
@@ -91,8 +95,8 @@ def euler_path(
 )->Iterator[Tensor]: # After each step, the actions so far; the last are the sample
     "Integrate the velocity from noise to data"
     x = noise
-    for tau in times(steps).to(x):
-        x = x - model(x, tau.expand(len(x))).to(x.dtype)/steps
+    for velocity in at_times(model, times(steps).to(x), x):
+        x = x - velocity(x).to(x.dtype)/steps
         yield x
 
 def euler_sample(model, noise, steps=10, times=even_times):
@@ -108,10 +112,10 @@ def heun_path(
     times:Callable = even_times, # steps -> the times at which they begin
 )->Iterator[Tensor]: # After each step, the actions so far; the last are the sample
     "Integrate the velocity from noise to data by Heun's method"
-    x, at = noise, times(steps).to(noise)
-    for i,tau in enumerate(at):
-        v = model(x, tau.expand(len(x))).to(x.dtype)
-        if i+1 < steps: v = (v + model(x - v/steps, at[i+1].expand(len(x))).to(x.dtype))/2
+    x, velocity = noise, at_times(model, times(steps).to(noise), noise)
+    for i in range(steps):
+        v = velocity[i](x).to(x.dtype)
+        if i+1 < steps: v = (v + velocity[i+1](x - v/steps).to(x.dtype))/2
         x = x - v/steps
         yield x
 

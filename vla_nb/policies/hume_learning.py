@@ -19,7 +19,7 @@ from ..data.images import resize_with_pad, to_model
 from ..data.normalize import quantile, zscore
 from ..data.returns import ValueSamples, ValueWindows
 from ..heads.fast_expert import due_slice
-from ..heads.flow_expert import Prefix
+from ..heads.flow_expert import Prefix, Velocity
 from ..heads.value_query import Tokens
 from ..layers.gemma import block_mask, positions_of
 from ..objectives.flow_matching import beta_time, euler_sample, flow_loss
@@ -101,7 +101,7 @@ def _tokens(self:HumeLearning, images, b): # In [-1, 1]; a batch with words and 
 def _plan(self:HumeLearning, tokens, state): # -> velocity of System 2
     x,valid = tokens[:2]
     prefix = Prefix(self.pi.vlm.language_model.prefill(x, positions_of(valid), block_mask(torch.zeros_like(valid), valid)), valid)
-    return lambda x_t, tau: self.pi.expert(x_t, tau, prefix, state)
+    return Velocity(self.pi.expert, prefix, state)
 
 def _carry(self:HumeLearning, images, seen, states, age): # (b h p) states; steps since the plan -> velocity of System 1
     prefix, stamp = self.fast.look(images, seen), age.to(states.dtype)/self.config.horizon

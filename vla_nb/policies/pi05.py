@@ -23,7 +23,7 @@ from ..backbones.speak import Sentences, speak
 from ..core import Actions, Batch, Losses, Observation, ParamGroup, Policy, Samples, draw_normal, draw_uniform, fold_seed
 from ..data.images import resize_with_pad, to_model
 from ..data.normalize import quantile
-from ..heads.flow_expert import Prefix
+from ..heads.flow_expert import Prefix, Velocity
 from ..layers.gemma import block_mask, positions_of
 from ..objectives.flow_matching import euler_sample
 from ..objectives.hierarchical import flow_mask, joint, masked_flow, next_words, targets
@@ -119,7 +119,7 @@ def _read(self:Pi05, images, ids, part, seen=None): # As `_tokens`
     *asked, valid, expert = self._tokens(images, ids, part, seen)
     return *self.pi.vlm.language_model(*asked, tail=ids.shape[1]), valid, expert
 
-def _velocity(self:Pi05, prefix, x, tau): return self.pi.expert(x, tau, prefix)
+def _velocity(self:Pi05, prefix): return Velocity(self.pi.expert, prefix)
 
 def _pad(self:Pi05, x): return nn.functional.pad(x, (0, self.pi.size.action_dim - x.shape[-1]))
 
@@ -135,7 +135,7 @@ def _terms(self:Pi05, batch):
     words = partial(self._words, hidden, ids)
     prefix = Prefix(kvs, seen).detach() if c.insulate else Prefix(kvs, seen)
     real = torch.arange(self.pi.size.action_dim, device=ids.device) < self.action_dim
-    flow = partial(self._flow, partial(self._velocity, prefix), self._pad(batch['action']), flow_mask(batch['valid'], real), batch['seed'])
+    flow = partial(self._flow, self._velocity(prefix), self._pad(batch['action']), flow_mask(batch['valid'], real), batch['seed'])
     said = partial(words, at=batch[f'{k}said_at'], learn=batch['learn'] if self.training else None)
     return said, partial(words, at=batch[f'{k}spoken_at']), flow, batch['valid'].sum()
 
@@ -164,7 +164,7 @@ def candidates(self:Pi05,
     prefix,text = self._think(obs, reasoning, among)
     seeds = None if seed is None else torch.stack([seed, *(fold_seed(seed, j) for j in range(1, n))], 1).flatten()
     noise = first_noise((n*len(obs), self.config.horizon, self.pi.size.action_dim), seeds, generator, self.device)
-    x = euler_sample(partial(self._velocity, prefix), noise, self.config.sample_steps)
+    x = euler_sample(self._velocity(prefix), noise, self.config.sample_steps)
     return rearrange(self._robot(x), '(b n) t a -> b n t a', n=n), text
 
 def _robot(self:Pi05, x): return self.action_norm.to(self.device).inverse(x[...,:self.action_dim])

@@ -10,7 +10,6 @@ __all__ = ['continue_chunk', 'Pi05RealtimeConfig', 'Pi05Realtime']
 # %% ../../nbs/policies/12_realtime.ipynb #b693af14
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -48,7 +47,7 @@ def continue_chunk(
         target, noise = _under_way(policy, obs, previous, executed), first_noise((len(obs), c.horizon, size.action_dim), seed, None, policy.device)
         prefix,text = policy._think(obs, reasoning, None)
         weight = soft_mask(c.horizon, delay, executed).to(target)*(torch.arange(size.action_dim, device=target.device) < policy.action_dim)
-        x = guided_sample(partial(policy._velocity, prefix), noise, target, weight, c.sample_steps, most, pull)
+        x = guided_sample(policy._velocity(prefix), noise, target, weight, c.sample_steps, most, pull)
         return Actions(policy._robot(x), text)
 
 # %% ../../nbs/policies/12_realtime.ipynb #33043cbb
@@ -84,4 +83,4 @@ class Pi05Realtime(Pi05):
         target, noise = _under_way(self, obs, previous, executed), first_noise((len(obs), c.horizon, self.pi.size.action_dim), seed, None, self.device)
         prefix,text = self._think(obs, reasoning, None)
         given = (torch.arange(c.horizon, device=self.device) < delay).expand(len(obs), -1)
-        return Actions(self._robot(prefixed_sample(partial(self._velocity, prefix), noise, target, given, c.sample_steps)), text)
+        return Actions(self._robot(prefixed_sample(self._velocity(prefix), noise, target, given, c.sample_steps)), text)
