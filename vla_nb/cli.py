@@ -127,8 +127,8 @@ def convert(c:Convert):
     from vla_nb.data.lerobot_write import lerobot
     from vla_nb.data.parquet import parquet
     from vla_nb.data.rlds_write import rlds
-    formats = {'hdf5': to.hdf5(None if c.lossless else 'jpeg'), 'folders': folders(c.lossless), 'parquet': parquet(c.lossless), 'rlds': rlds(c.lossless),
-               'lerobot': lerobot('v3.0', c.video, lossless=c.lossless), 'lerobot_v21': lerobot('v2.1', c.video, lossless=c.lossless)}
+    formats = {f.name: f for f in (to.hdf5(None if c.lossless else 'jpeg'), folders(c.lossless), parquet(c.lossless), rlds(c.lossless),
+                                   lerobot('v3.0', c.video, lossless=c.lossless), lerobot('v2.1', c.video, lossless=c.lossless))}
     s = to.convert(open_source(c.data), c.out, to=formats[c.to])
     print(f'wrote {s["written"]} of {s["episodes"]} episodes to {c.out}' + (f' (worst frame {s["psnr"]} dB)' if s['psnr'] else '') + f'\nnext: vla-nb doctor {quote(str(c.out))}')
 

@@ -68,7 +68,7 @@ owners = {**classes, Pi05Config: Pi05, OpenVLAConfig: OpenVLA} # Whose settings 
 @dataclass(frozen=True)
 class Train:
     "Train a policy on demonstrations; `accelerate launch -m vla_nb.cli train ...` uses several processes"
-    data:Path # Folder of demonstrations (of RLDS perhaps with '?split=train[:95%]&standardize=libero' behind it), a packed cache of one, or a mixture's YAML file
+    data:Path # Folder of demonstrations (of RLDS perhaps with '?split=train[:95%]&standardize=libero' behind it; '?success=all' behind any folder, for RLDS also reward or terminal, says how episodes ended), a packed cache of one, or a mixture's YAML file
     out:Path # Folder of the run: checkpoints, each a policy's folder, and log.jsonl
     policy:Literal['dexvla', 'dexvla_qwen', 'divla_qwen', 'tinyvla_qwen', 'scaledp_stage1', 'pi05', 'pi05_high', 'pi05_high_fast', 'pi05_expert', 'pi05_flat', 'pi05_realtime', 'paligemma_vla', 'openvla', 'openvla_energy', 'comet', 'hume', 'hume_system2'] = 'dexvla' # Which policy; `--policy NAME --help` lists its own settings
     preset:Literal['none', 'stage1', 'stage2', 'stage2_paper', 'stage3', 'divla', 'lora_debug', 'pi05', 'openvla', 'openvla_oft', 'openvla_oft_film'] = 'none' # A published recipe: sets the policy, its settings and the training's
