@@ -50,3 +50,10 @@ def test_a_checkpoint_brings_everything_back(tmp_path):
     policy, seed = new(reads='thought', state_value=True, reach=2., scale=.02), torch.arange(2)
     again = Comet.from_pretrained(policy.save_pretrained(tmp_path/'p'))
     assert again.codec.reach == 2. and torch.equal(again.rank(obs(), seed=seed).q, policy.rank(obs(), seed=seed).q)
+
+
+def test_a_value_does_not_go_on_under_other_settings():
+    trained = new(reads='thought', reach=2., scale=.02)
+    with pytest.raises(ValueError, match="reads: expected 'thought'.*--model.reads"): new().adopt(trained)
+    with pytest.raises(ValueError, match='scale: expected 0.02'): new(reads='thought', reach=2.).adopt(trained)
+    new(reads='thought', reach=2., scale=.02).adopt(trained)

@@ -18,6 +18,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+from .collect import Collect, collect
 from .compare import Compare, compare
 from .data.dataset import open_source
 from .data.doctor import check, report, require_healthy
@@ -175,7 +176,7 @@ def bench(c:Bench):
     return 0 if c.quick or met else 1
 
 # %% ../nbs/04_cli.ipynb #0be66cc3
-COMMANDS = {'demo': (Demo, demo), 'record': (Record, record), 'train': (Train, train), 'eval': (Eval, eval_), 'export': (Export, export), 'stats': (Stats, stats),
+COMMANDS = {'demo': (Demo, demo), 'record': (Record, record), 'collect': (Collect, collect), 'train': (Train, train), 'eval': (Eval, eval_), 'export': (Export, export), 'stats': (Stats, stats),
             'doctor': (Doctor, doctor), 'cache': (Cache, cache), 'convert': (Convert, convert), 'fast-fit': (FastFit, fast_fit), 'parity': (Parity, parity), 'bench': (Bench, bench), 'compare': (Compare, compare)}
 
 def usage()->str:

@@ -60,7 +60,7 @@ def _open(path, how): # A folder or a mixture's file; what to tell `RldsSource`
     if path.suffix.split(':')[0] in ('.json', '.yaml', '.yml') and not path.is_dir() and not how: return open_mixture(path, open_source)
     if path.is_file(): raise NotADirectoryError(f'{path}: expected a folder of demonstrations, found a file; name the folder that holds the episodes')
     if not path.is_dir(): raise FileNotFoundError(f'{path}: expected a folder of demonstrations; found none. Record some: vla-nb record --out {quote(str(path))}')
-    if how and not find_rlds(path): raise ValueError(f'{path}: {", ".join(how).replace("ended", "success")}: expected an RLDS data set (features.json and TFRecord shards), found none; leave it out')
+    if how and not find_rlds(path): raise ValueError(f'{path}: {", ".join(how).replace("ended", "success")}: expected an RLDS data set (features.json and TFRecord shards), found none; leave it out, or say success=all')
     if (path/'meta.json').exists(): return CacheSource(path)
     if find_lerobot(path): return LeRobotSource(path)    # has Parquet tables too, of another kind
     kinds = {'*.hdf5 episodes': (find_episodes(path), Hdf5Source), '*.parquet tables': (find_tables(path), ParquetSource), 'runs with actions.npy': (find_runs(path), FolderSource),

@@ -8,7 +8,7 @@ Docs: https://example.github.io/vla_nb/eval/rollout.html.md"""
 __all__ = ['ordinary', 'blank_images', 'scrambled_instruction', 'no_instruction', 'ablations', 'true_reasoning',
            'replaced_reasoning', 'no_reasoning', 'thoughts', 'RecedingHorizon', 'TemporalEnsemble', 'unaltered',
            'without_images', 'without_words', 'this_task', 'another_task', 'Condition', 'no_task', 'EpisodeResult',
-           'policy_wave', 'expert_wave', 'Crew', 'evaluate', 'rollout', 'expert_rollout']
+           'EpisodeRun', 'policy_wave', 'expert_wave', 'Crew', 'evaluate', 'rollout', 'expert_rollout']
 
 # %% ../../nbs/eval/02_rollout.ipynb #e76aedab
 import inspect, multiprocessing, os
@@ -101,7 +101,7 @@ class EpisodeResult:
     def obeyed(self)->bool: return self.achieved is not None and self.achieved == self.thought
 
 # %% ../../nbs/eval/02_rollout.ipynb #7a7f527c
-class _Run:
+class EpisodeRun:
     "An episode under way"
     def __init__(self, env, task, seed, controller, condition, heldout, film):
         self.env, self.task, self.seed, self.alter, self.plan = env, task, seed, condition.alter, controller.start()
@@ -156,9 +156,9 @@ def _ask(act, runs, turn):
     if not chunk.isfinite().all(): raise ValueError('actions: expected finite numbers, found NaN or infinity; the policy diverged')
     return chunk.float().cpu().numpy()
 
-def policy_wave(policy, envs, episodes, controller, condition, heldout)->list[EpisodeResult]:
+def policy_wave(policy, envs, episodes, controller, condition, heldout, kind=EpisodeRun)->list[EpisodeResult]: # kind: what an episode under way is, and keeps
     "Let a policy drive one episode in each environment; `episodes` are (task, seed, film)"
-    runs = [_Run(env, task, seed, controller, condition, heldout, film) for env,(task,seed,film) in zip(envs, episodes)]
+    runs = [kind(env, task, seed, controller, condition, heldout, film) for env,(task,seed,film) in zip(envs, episodes)]
     live, turn = [r for r in runs if not r.done], 0
     while live:
         for r,chunk in zip(live, _ask(policy.act, live, turn)): r.go(chunk)

@@ -48,10 +48,10 @@ class ValueSettings:
     trunk_lr:float = .3 # Learning rate of the query and its layers, times the run's
     actor_lr:float = 1. # Of the actor
     critic_lr:float = 1. # Of the critics
-    temperature_lr:float = 1. # Of the temperature
+    temperature_lr:float = 1. # Of the entropy's price, which begins at 1 whatever the scale
     value_warmup:int = 100 # Steps in which the rates of actor and critics rise; they then stay
     value_clip:float = 10. # Largest norm of the gradient of trunk, actor and critics, each alone
-    beta:float = 0. # Choose with probability softmax(Q/beta); 0: the best
+    beta:float = 0. # Choose with probability softmax(Q/beta), Q times scale; 0: the best
 
 # %% ../../nbs/policies/14_value_head.ipynb #bb36ff9b
 def check_value(c:ValueSettings):
