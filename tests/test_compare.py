@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from vla_nb.compare import Compare, compare_table, plan
-from vla_nb.demo import train_runs
+from vla_nb.demo import steps_done, train_runs
 
 
 def test_plan_names_each_run():
@@ -33,3 +33,9 @@ def test_a_failing_run_stops_the_others_and_shows_its_log(tmp_path):
 def test_the_table_has_every_policy():
     row = dict(success=dict(n=60, k=54), other=dict(n=60, k=0), followed=dict(n=60, k=58), weights=2_000_000, trained=1_000_000, cpu_s=300., act_ms=12.5)
     assert '54/60' in compare_table(dict(dexvla=row)) and '5.0 CPU-min' in compare_table(dict(dexvla=row))
+
+def test_a_line_that_is_being_written_is_not_read_yet(tmp_path):
+    (tmp_path/'log.jsonl').write_text('{"step": 10, "loss": 2.5}\n{"step": 20, "loss": 2.25, "lr"')
+    assert steps_done(tmp_path) == (10, 2.5)
+    (tmp_path/'log.jsonl').write_text('{"step": 1')
+    assert steps_done(tmp_path) == (0, None)

@@ -88,7 +88,7 @@ def train_command(c:Demo, name, *more): # The words of `vla-nb train` for one of
             '--resume', '--no-progress', *more]
 
 def steps_done(out:Path)->tuple[int, float|None]: # Last step in a run's log, and its loss
-    try: last = [l for l in (out/'log.jsonl').read_text().splitlines() if '"loss"' in l][-1]
+    try: last = [l for l in (out/'log.jsonl').read_text().split('\n')[:-1] if '"loss"' in l][-1]    # the last line may still be being written
     except (FileNotFoundError, IndexError): return 0, None    # not begun
     r = json.loads(last)
     return r['step'], r['loss']
