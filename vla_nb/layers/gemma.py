@@ -187,7 +187,7 @@ class Gemma(nn.Module):
         positions:Int[Tensor, "b s"], # Their places
         mask:Bool[Tensor, "b s n"], # True where a query may look, over past and own keys
         past:list|None = None, # Keys and values of each layer, from an earlier pass
-        cond:Tensor|None = None, # Condition of adaRMS, (b c) or (b s c)
+        cond:Tensor|dict|None = None, # Condition of adaRMS, (b c) or (b s c); or one of `modulations`
         tail:int|None = None, # Of so many last tokens hidden states are wanted, without `cond`; None: of all
     )->tuple[Tensor, list]: # Hidden states after the final norm; keys and values of each layer, past and own
         return self.run(x, turns(positions, self.head_dim), as_bias(mask, x.dtype), past, cond, tail)
