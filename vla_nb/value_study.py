@@ -241,7 +241,7 @@ def value_study(
     walks, result = record(), dict(runs=[], steps=steps, then=then, settings={k: v for k,v in asdict(OURS).items() if abs(v or 0) != torch.inf}, **where())
     if out is not None and Path(out).exists():
         old = json.loads(Path(out).read_text())
-        if all(old[k] == result[k] for k in ('steps', 'then', 'settings')): result |= {k: old[k] for k in ('runs', 'one_of_8')}
+        if all(old.get(k) == result[k] for k in ('steps', 'then', 'settings')): result |= {k: old[k] for k in ('runs', 'one_of_8')}
     for stack,memory,goes_on in plan(walks, seeds):
         if all(any(r._asdict().items() <= row.items() for row in result['runs']) for r in stack.runs): continue
         train(stack, memory, steps, show)
