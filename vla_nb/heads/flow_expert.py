@@ -58,6 +58,11 @@ class Prefix:
         places = self.valid.sum(1, keepdim=True) + torch.arange(t, device=own.device)
         return places, torch.cat([repeat(self.valid, 'b s -> b t s', t=t), own.expand(b, t, t)], 2)
 
+    def seen_by(self, gemma:Gemma, own:Bool[Tensor, "t t"])->tuple: # Who reads; as above
+        "What `Gemma.run` asks for after the tokens: turns, mask, and the keys and values"
+        places,mask = self.for_suffix(own)
+        return turns(places, gemma.head_dim), as_bias(mask, gemma.layers[0].self_attn.q_proj.weight.dtype), self.kvs
+
 # %% ../../nbs/heads/03_flow_expert.ipynb #5de2b831
 class FlowExpert(nn.Module):
     "π0.5: noisy actions to velocities, modulated by the noise level"
@@ -83,9 +88,7 @@ class FlowExpert(nn.Module):
     def look(self, x_t, prefix): # As in `forward` -> what `Gemma.run` asks for after the tokens
         "Which places the actions take, what they see, and the keys that they read"
         t = x_t.shape[1]
-        prefix = prefix.repeat(len(x_t))
-        places,mask = prefix.for_suffix(torch.ones(t, t, dtype=torch.bool, device=x_t.device))
-        return turns(places, self.gemma.head_dim), as_bias(mask, self.action_in_proj.weight.dtype), prefix.kvs
+        return prefix.repeat(len(x_t)).seen_by(self.gemma, torch.ones(t, t, dtype=torch.bool, device=x_t.device))
 
     def hidden(self, x_t, tau, prefix): # As in `forward` -> (bk t d)
         "Hidden states of the action tokens after the final norm"
@@ -134,10 +137,9 @@ class FlowExpertPi0(nn.Module):
         return self.gemma.run(self.embed(x_t, tau, state), *self.look(x_t, prefix))[0]
 
     def look(self, x_t, prefix): # As `FlowExpert.look`, with the state in front
-        prefix, own = prefix.repeat(len(x_t)), torch.ones(x_t.shape[1]+1, x_t.shape[1]+1, dtype=torch.bool, device=x_t.device)
+        own = torch.ones(x_t.shape[1]+1, x_t.shape[1]+1, dtype=torch.bool, device=x_t.device)
         own[0,1:] = False    # the state sees itself, the actions see all
-        places,mask = prefix.for_suffix(own)
-        return turns(places, self.gemma.head_dim), as_bias(mask, self.action_in_proj.weight.dtype), prefix.kvs
+        return prefix.repeat(len(x_t)).seen_by(self.gemma, own)
 
     def at(self, times, x_t, prefix, state): # As `FlowExpert.at`
         seen = self.look(x_t, prefix)

@@ -11,6 +11,7 @@ __all__ = ['FROZEN', 'MEANING', 'ActionCodec', 'Comet', 'adopt', 'start_comet', 
 # %% ../../nbs/policies/14_comet.ipynb #0a884d57
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,7 +86,7 @@ class Comet(Policy):
         return self
 
 # %% ../../nbs/policies/14_comet.ipynb #0325d12d
-MEANING = ('reads', 'reach', 'scale', 'state_value', 'chunk', 'state_token', 'hume', 'depth', 'hidden', 'heads', 'kv_heads', 'head_dim', 'actor_hidden', 'critic_hidden', 'critics', 'shared_head', 'layer_norm', 'target_trunk') # Settings without which a trained value means something else
+MEANING = ('reads', 'reach', 'scale', 'calql.discount', 'state_value', 'chunk', 'state_token', 'hume', 'depth', 'hidden', 'heads', 'kv_heads', 'head_dim', 'actor_hidden', 'critic_hidden', 'critics', 'shared_head', 'layer_norm', 'target_trunk') # Settings without which a trained value means something else
 
 def adopt(self:Comet, source:Policy)->'Comet': # A policy that acts by flow, without adapters; or another Comet, of whose head this one goes on
     "Take over a whole frozen policy"
@@ -95,7 +96,7 @@ def adopt(self:Comet, source:Policy)->'Comet': # A policy that acts by flow, wit
         if mine != found: raise ValueError(f'{k}: expected {mine}, as in this data and these settings, found {found} in the frozen policy; ' + ('give it its own robot' if k == 'action' else f'set --model.{k} {found}'))
     if base is not source:    # its value means what it was trained to mean
         for k in MEANING:
-            if (mine := getattr(c, k)) != (theirs := getattr(source.config, k)): raise ValueError(f'{k}: expected {theirs!r}, as the value of that run was trained, found {mine!r}; set --model.{k.replace("_", "-")}')
+            if (mine := attrgetter(k)(c)) != (theirs := attrgetter(k)(source.config)): raise ValueError(f'{k}: expected {theirs!r}, as the value of that run was trained, found {mine!r}; set --model.{k.replace("_", "-")}')
     steps = c.pi.sample_steps
     self.config = replace(c, pi=replace(base.config, sample_steps=steps), mode=base.name)
     self.stats, self.tokenizer, base.config = {**self.stats, **base.stats}, base.tokenizer, self.config.pi
